@@ -1,0 +1,114 @@
+"""From answers to figures: pure, with the names and definitions of `vllm bench serve`.
+
+Two differences. TTFT is the first chunk with text in it, not the first chunk: one that only names the role
+shows nothing. And a figure of which there was nothing to measure is None, not 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import chain, pairwise
+from statistics import fmean
+
+from benchmarks.answer import Answer
+
+GENERATOR_LIMIT = 0.6
+"""Share of a core. A generator busier than that delays what it measures."""
+
+Figure = float | int | None
+
+
+def percentile(ordered: Sequence[float], percent: float) -> float:
+    """Of values in ascending order, at least one; between two of them, in proportion (as NumPy's default)."""
+    position = (len(ordered) - 1) * percent / 100
+    below = math.floor(position)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (ordered[above] - ordered[below]) * (position - below)
+
+
+def figures(answers: Sequence[Answer], duration: float) -> dict[str, Figure]:
+    """Throughput and latency of the answers that are good, over `duration` seconds."""
+    good = [answer for answer in answers if answer.failure is None]
+    tokens_in = sum(answer.prompt_tokens or 0 for answer in good)
+    tokens_out = sum(answer.completion_tokens or 0 for answer in good)
+    counted: dict[str, Figure] = {
+        "duration": duration,
+        "completed": len(good),
+        "failed": len(answers) - len(good),
+        "total_input_tokens": tokens_in,
+        "total_output_tokens": tokens_out,
+        "request_throughput": len(good) / duration,
+        "output_throughput": tokens_out / duration,
+        "total_token_throughput": (tokens_in + tokens_out) / duration,
+    }
+    streamed = [answer for answer in good if answer.chunks]
+    return (
+        counted
+        | _spread("ttft", (answer.chunks[0] - answer.started for answer in streamed))
+        | _spread("tpot", chain.from_iterable(map(_time_per_output_token, streamed)))
+        | _spread("itl", chain.from_iterable(map(_gaps, streamed)))
+        | _spread("e2el", (answer.ended - answer.started for answer in good))
+    )
+
+
+def _time_per_output_token(answer: Answer) -> Iterable[float]:
+    """(e2el - ttft) / (output length - 1); nothing for an answer of one token."""
+    if answer.completion_tokens is not None and answer.completion_tokens > 1:
+        yield (answer.ended - answer.chunks[0]) / (answer.completion_tokens - 1)
+
+
+def _gaps(answer: Answer) -> Iterable[float]:
+    return (later - earlier for earlier, later in pairwise(answer.chunks))
+
+
+def _spread(name: str, seconds: Iterable[float]) -> dict[str, Figure]:
+    """Mean, spread and percentiles in milliseconds."""
+    ordered = sorted(second * 1000 for second in seconds)
+    keys = (f"{part}_{name}_ms" for part in ("mean", "median", "std", "p95", "p99"))
+    if not ordered:
+        return dict.fromkeys(keys)
+    mean = fmean(ordered)
+    deviation = math.sqrt(fmean((value - mean) ** 2 for value in ordered))
+    tail = (percentile(ordered, percent) for percent in (95, 99))
+    return dict(zip(keys, (mean, percentile(ordered, 50), deviation, *tail), strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class FailureCount:
+    """How many answers failed in one way, and what the first of them said."""
+
+    count: int
+    example: str
+
+
+def count_failures(answers: Iterable[Answer]) -> dict[str, FailureCount]:
+    """By kind, in the order in which the kinds first occurred."""
+    counts: dict[str, FailureCount] = {}
+    for failure in (answer.failure for answer in answers if answer.failure is not None):
+        known = counts.get(failure.kind, FailureCount(0, failure.detail))
+        counts[failure.kind] = FailureCount(known.count + 1, known.example)
+    return counts
+
+
+@dataclass(frozen=True, slots=True)
+class GeneratorCost:
+    """What the load generator itself used of the machine."""
+
+    cpu_seconds: float
+    cpu_share: float
+    """Of one core."""
+    cpu_us_per_chunk: float | None
+    """Everything it did, over the chunks with text that it read. None where there were none."""
+    bounded: bool
+    """The run was bounded by the load generator: its figures do not describe the server."""
+
+    @classmethod
+    def of(cls, cpu_seconds: float, duration: float, answers: Iterable[Answer]) -> GeneratorCost:
+        """The cost of a run of `duration` seconds that took `cpu_seconds` and read these answers."""
+        share = cpu_seconds / duration
+        chunks = sum(len(answer.chunks) for answer in answers)
+        return cls(
+            cpu_seconds, share, cpu_seconds / chunks * 1e6 if chunks else None, share > GENERATOR_LIMIT
+        )

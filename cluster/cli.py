@@ -1,0 +1,136 @@
+"""The `trunkline` command."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from cluster import environment, remote
+from cluster.config import ConfigError, describe, load
+from serving.source import SourceError
+
+URL = "http://127.0.0.1:8000"
+
+Command = Callable[[argparse.Namespace], int]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line. The exit status: 0, 1 for what went wrong, 2 for what was asked wrongly."""
+    options = build_parser().parse_args(arguments)
+    command: Command = options.command
+    try:
+        return command(options)
+    except (ConfigError, SourceError) as error:
+        print(f"trunkline: {error}", file=sys.stderr)
+        return 2
+    except remote.NoAnswer as error:
+        print(f"trunkline: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Every command and its options, in words worth reading."""
+    parser = argparse.ArgumentParser(
+        prog="trunkline",
+        description="One endpoint for many language models: engines, router and metrics in one install.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_serve(commands)
+    _add_check(commands)
+    _add_status(commands)
+    _add_models(commands)
+    return parser
+
+
+def _add_serve(commands: Any) -> None:
+    parser = commands.add_parser(
+        "serve",
+        help="start everything that a configuration describes, and keep it running",
+        description="Starts Ray, an engine for each model and the routers, says what it is doing, and ends with"
+        " a curl line that works. Ctrl-C (or SIGTERM) lets running answers end, then ends everything.",
+        epilog="Exit status: 0 after Ctrl-C, 1 if something could not be started, 2 for a bad configuration.",
+    )
+    parser.add_argument("config", type=Path, help="a configuration file, such as deploy/local.yaml")
+    parser.add_argument("--port", type=port, metavar="N", help="another port than the configured one")
+    parser.set_defaults(command=serve)
+
+
+def _add_check(commands: Any) -> None:
+    parser = commands.add_parser(
+        "check",
+        help="check a configuration without starting or downloading anything",
+        description="Reads a configuration and finds all that is wrong: unknown keys and engine arguments,"
+        " values out of range, names that clash, sources that are not there. Every fault gets a line.",
+        epilog="Exit status: 0 if it can be served, 2 if it cannot.",
+    )
+    parser.add_argument("config", type=Path, help="the configuration file")
+    parser.set_defaults(command=check)
+
+
+def _add_status(commands: Any) -> None:
+    parser = commands.add_parser(
+        "status",
+        help="say how a running server is",
+        description="Asks a running server how it is, and shows each model's state, load and speed.",
+        epilog="Exit status: 0 if every model is ready, 1 otherwise or if nothing answers.",
+    )
+    parser.add_argument("--url", default=URL, help=f"where the server is (default: {URL})")
+    parser.set_defaults(command=status)
+
+
+def _add_models(commands: Any) -> None:
+    parser = commands.add_parser(
+        "models",
+        help="list the models of a running server",
+        description="Asks a running server for its models and shows their names, states and context lengths.",
+        epilog="Exit status: 0, or 1 if nothing answers.",
+    )
+    parser.add_argument("--url", default=URL, help=f"where the server is (default: {URL})")
+    parser.add_argument("--json", action="store_true", help="print the answer of GET /v1/models as it is")
+    parser.set_defaults(command=models)
+
+
+def port(text: str) -> int:
+    """A TCP port out of the command line."""
+    if not text.isdecimal() or not 1 <= int(text[:6]) <= 65_535:
+        raise argparse.ArgumentTypeError(f"expected a port from 1 to 65535, got {text!r}")
+    return int(text)
+
+
+# ---- the commands --------------------------------------------------------------------------------------
+
+
+def serve(options: argparse.Namespace) -> int:
+    """Start a deployment and keep it running."""
+    config = load(options.config)
+    if options.port is not None:
+        config = config.model_copy(update={"listen": config.listen.model_copy(update={"port": options.port})})
+    environment.prepare(config.ray.address)
+    from cluster import session  # noqa: PLC0415 - it loads Ray, which the other commands do without
+
+    return session.serve(config)
+
+
+def check(options: argparse.Namespace) -> int:
+    """Read a configuration and say what it describes."""
+    print(describe(load(options.config)))
+    return 0
+
+
+def status(options: argparse.Namespace) -> int:
+    """Ask a running server how it is."""
+    return remote.status(options.url)
+
+
+def models(options: argparse.Namespace) -> int:
+    """Ask a running server for its models."""
+    return remote.models(options.url, as_json=options.json)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,31 @@
+"""The environment variables that are read and set, all in one place.
+
+Ray reads its own when it is imported, so `prepare` comes before that; what is set here is inherited by every
+process of the deployment.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+
+TRUNK_SECRET = "TRUNKLINE_SECRET"  # noqa: S105 - the variable's name
+"""May hold the secret that trunks demand; without it each deployment makes its own."""
+
+
+def prepare(ray_address: str) -> None:
+    """Set what Ray reads. To be called before `ray` is imported."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    # Ray warns otherwise that it will stop hiding GPUs from actors that asked for none.
+    os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
+    if ray_address == "local":
+        # Ray's ports listen on every interface: only who has this token may use them.
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+        # When a worker dies, Ray ends what it has started.
+        os.environ["RAY_process_group_cleanup_enabled"] = "1"  # noqa: SIM112 - Ray's own spelling
+
+
+def trunk_secret() -> bytes:
+    """The secret of this deployment's trunks."""
+    return os.environ.get(TRUNK_SECRET, "").encode() or secrets.token_bytes(32)

@@ -1,0 +1,95 @@
+"""One run of a deployment from a terminal: start it, say what is happening, keep it, take it down."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from functools import partial
+from pathlib import Path
+
+from cluster import app
+from cluster.config import Config
+from serving import source
+
+READY_S = 30.0
+"""Seconds that the routers' port gets to answer once they run."""
+
+
+class Narrator:
+    """Says on standard output what is being done, and how many seconds after the start."""
+
+    def __init__(self) -> None:
+        self._began = time.monotonic()
+
+    def __call__(self, text: str) -> None:
+        print(f"{time.monotonic() - self._began:6.1f} s  {text}", flush=True)
+
+    def about(self, name: str, text: str) -> None:
+        """The same, of one model."""
+        self(f"{name}: {text}")
+
+
+def serve(config: Config) -> int:
+    """Start everything, keep it running until a signal, take everything down. Returns the exit status.
+
+    The environment must have been prepared before this module was imported. Raises SourceError.
+    """
+    say = Narrator()
+    log_dir = config.log_dir or Path(tempfile.mkdtemp(prefix="trunkline-"))
+    try:
+        app.check_port(config.listen.host, config.listen.port)
+        put_models_in_place(config, say)
+        with app.ray_cluster(config.ray.address, say), app.deployed(config, log_dir, say):
+            wait_answering(config)
+            say(f"ready; logs are in {log_dir}\n\n{curl_line(config)}\n\nCtrl-C ends it.")
+            threading.Event().wait()
+    except app.StartFailed as error:
+        print(f"trunkline: {error}\nLogs are in {log_dir}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        say("stopped")
+    return 0
+
+
+def put_models_in_place(config: Config, say: Narrator) -> None:
+    """Download or convert each source here, where the first replica will want it, with the progress shown."""
+    for model in config.models:
+        if model.source is not None:
+            folder = source.resolve(model.source, partial(say.about, model.name))
+            say.about(model.name, f"the model is in {folder}")
+
+
+def wait_answering(config: Config) -> None:
+    """Return when the port answers. Raises StartFailed if it does not."""
+    url = f"{base_url(config)}/health"
+    deadline = time.monotonic() + READY_S
+    while True:
+        try:
+            with urllib.request.urlopen(url, timeout=1):  # noqa: S310 - our own, made just above
+                return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise app.StartFailed(f"{url} does not answer: {error}") from None
+            time.sleep(0.05)
+
+
+def curl_line(config: Config) -> str:
+    """A command that gets an answer from the first model."""
+    body = {
+        "model": config.models[0].name,
+        "messages": [{"role": "user", "content": "What is the capital of France?"}],
+    }
+    return (
+        f"curl {base_url(config)}/v1/chat/completions"
+        f" -H 'content-type: application/json' -d '{json.dumps(body)}'"
+    )
+
+
+def base_url(config: Config) -> str:
+    """Where this machine reaches the routers."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.listen.host, config.listen.host)  # noqa: S104 - read
+    return f"http://[{host}]:{config.listen.port}" if ":" in host else f"http://{host}:{config.listen.port}"

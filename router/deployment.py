@@ -1,0 +1,137 @@
+"""The router as Ray Serve runs it: the application under uvicorn, on a socket of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import structlog
+import uvicorn
+from prometheus_client import REGISTRY
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import ApplicationStatus
+
+from router.app import Application
+from router.discovery import watch
+from router.settings import Listen, RouterSettings
+from serving import logs
+from serving.exposition import Exposition, merge, render
+
+log = structlog.get_logger(__name__)
+
+SCRAPE_S = 5.0
+"""Seconds that a process gets to render its metrics before a scrape goes without it."""
+
+STATUS_TICKS = 5
+"""Seconds between two looks at what Serve says of models that are not ready."""
+
+
+class RouterServer:
+    """What the router deployment consists of. Clients reach its socket directly, not through Serve."""
+
+    # Serve awaits it, which the type of a constructor has no words for.
+    async def __init__(self, settings: RouterSettings, secret: bytes, log_dir: Path | None) -> None:  # type: ignore[misc]
+        logs.configure("router", log_dir)
+        context = serve.get_replica_context()
+        self._id = context.replica_id.unique_id
+        self._application = Application(
+            settings, identity=self._id, secret=secret, registry=REGISTRY, scrape=self.scrape
+        )
+        self._own = serve.get_deployment_handle(context.deployment, context.app_name)
+        self._handles = [
+            watch(model.settings.application, model.replicas.listed)
+            for model in self._application.catalog.models
+        ]
+        self._server = uvicorn_server(self._application)
+        self._serving = asyncio.create_task(self._server.serve([listening_socket(settings.listen)]))
+        self._ticking = asyncio.create_task(self._tick(), name="tick")
+        log.info("router ready", router=self._id, listen=f"{settings.listen.host}:{settings.listen.port}")
+
+    async def check_health(self) -> None:
+        """Serve replaces a router whose HTTP server has ended."""
+        if self._serving.done():
+            raise RuntimeError("the HTTP server has ended")
+
+    async def metrics(self) -> tuple[str, Exposition]:
+        """This process's samples, and whose they are."""
+        return self._id, await asyncio.to_thread(render, REGISTRY, self._id)
+
+    async def scrape(self, process_only: bool) -> bytes:  # noqa: FBT001 - the route's own question
+        """The metrics of this process, or of every process of the deployment, as text."""
+        replica, own = await self.metrics()
+        if process_only:
+            return merge([own])
+        answers = await asyncio.gather(*(_ask(handle) for handle in (self._own, *self._handles)))
+        everyone = {name: exposition for answer in answers for name, exposition in answer}
+        return merge((everyone | {replica: own}).values())
+
+    async def __del__(self) -> None:
+        """Serve awaits this before it ends the process: take nothing new, let the answers end."""
+        log.info("router drains", router=self._id)
+        self._application.chat.draining = True
+        self._server.should_exit = True
+        await self._serving
+        self._ticking.cancel()
+        await self._application.close()
+        log.info("router ends", router=self._id)
+
+    async def _tick(self) -> None:
+        ticks = 0
+        while True:
+            await asyncio.sleep(1.0)
+            ticks += 1
+            self._application.metrics.tick(time.perf_counter())
+            models = self._application.catalog.models
+            if ticks % STATUS_TICKS == 0 and any(model.state != "ready" for model in models):
+                applications = (await asyncio.to_thread(serve.status)).applications
+                for model in models:
+                    overview = applications.get(model.settings.application)
+                    model.failed = overview is not None and overview.status == ApplicationStatus.DEPLOY_FAILED
+
+
+async def _ask(handle: DeploymentHandle[Any]) -> list[tuple[str, Exposition]]:
+    """What every replica of a deployment answers; those that do not are left out.
+
+    A call to each replica: at hundreds of them each is better scraped alone.
+    """
+    try:
+        answers = await handle.broadcast("metrics").results_async(timeout_s=SCRAPE_S, return_exceptions=True)
+    except Exception as error:  # noqa: BLE001 - Serve raises errors of many kinds where no replica runs
+        log.info("not scraped", deployment=handle.deployment_name, error=repr(error))
+        return []
+    return [answer for answer in answers if not isinstance(answer, BaseException)]
+
+
+def uvicorn_server(application: Application) -> uvicorn.Server:
+    """An HTTP server that leaves the event loop, signals and logs to us."""
+    return uvicorn.Server(
+        uvicorn.Config(
+            application,
+            loop="none",
+            http="httptools",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=75,
+            backlog=4096,
+        )
+    )
+
+
+def listening_socket(listen: Listen) -> socket.socket:
+    """A bound socket whose port other routers of this node may share.
+
+    It cannot tell a sibling from a stranger: that the port is free is made sure of before the first router.
+    """
+    family = socket.AF_INET6 if ":" in listen.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    listener.bind((listen.host, listen.port))
+    return listener

@@ -1,0 +1,53 @@
+"""Which replica takes a request. Pure: it looks at loads and decides."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Protocol, TypeVar
+from zlib import crc32
+
+from serving.messages import Chat, Load
+
+PREFIX_CHARACTERS = 1024
+"""How much of a conversation's beginning decides its affinity."""
+
+KV_PRESSURE = 6.0
+"""Weight of a KV cache that is more than half full: work that waits there waits longer. vLLM balances its
+data-parallel engines by the same rule."""
+
+
+class Candidate(Protocol):
+    """A replica as far as the choice needs to know it."""
+
+    @property
+    def replica(self) -> str: ...
+    @property
+    def load(self) -> Load: ...
+    @property
+    def unreported(self) -> int: ...
+
+
+C = TypeVar("C", bound=Candidate)
+
+
+def expected_work(candidate: Candidate) -> float:
+    """Sequences that a new one would share the replica with, those it has not yet told of included."""
+    load = candidate.load
+    pressure = KV_PRESSURE * max(0.0, load.kv_used - 0.5)
+    return load.running + load.waiting * (1 + pressure) + candidate.unreported
+
+
+def pick(candidates: Collection[C], request: Chat) -> C | None:
+    """The candidate with the least expected work; among equals, the one that this conversation's beginning
+    has always gone to, whose prefix cache may hold it. None where there is no candidate.
+
+    Looks at every candidate: with more than a few hundred replicas a router should hold a subset.
+    """
+    if not candidates:
+        return None
+    least = min(map(expected_work, candidates))
+    equals = [candidate for candidate in candidates if expected_work(candidate) == least]
+    if len(equals) == 1:
+        return equals[0]
+    prefix = crc32(request.messages[0].content[:PREFIX_CHARACTERS].encode())
+    return max(equals, key=lambda candidate: crc32(candidate.replica.encode(), prefix))

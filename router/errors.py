@@ -1,0 +1,277 @@
+"""Every way in which the router says no, and how the client reads it.
+
+    ApiError
+    ├── InvalidRequest        400
+    ├── ModelNotFound         404
+    ├── UnknownPath           404
+    ├── MethodNotAllowed      405  with Allow
+    ├── RequestTimeout        408
+    ├── BodyTooLarge          413
+    ├── UnsupportedMediaType  415
+    ├── SlowReader            499  only ever an event: bytes had gone out
+    ├── InternalError         500
+    ├── FirstTokenTimeout     504
+    ├── Stalled               504
+    ├── TotalTimeout          504
+    └── RetryLater                 with Retry-After
+        ├── Overloaded        429
+        ├── NoReplica         503
+        ├── ReplicaLost       503
+        └── ShuttingDown      503
+
+Before a byte of the answer has gone out an error is a status and `body()`; after that it is the stream's
+last `event()`. Both carry OpenAI's envelope. Messages are for the client: they name what it sent and what it
+may do, and nothing of the inside.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from serving.messages import Refused
+
+MAX_RETRY_AFTER = 600
+"""Seconds. Nobody waits longer, and an estimate beyond it says nothing."""
+
+SHOWN = 60
+"""Characters of a client's value that a message repeats."""
+
+_json = json.JSONEncoder(ensure_ascii=False)
+
+
+def shown(value: Any) -> str:
+    """A value out of the client's JSON as it was written there, cut after `SHOWN` characters."""
+    text = ""
+    for piece in _json.iterencode(value):  # piece by piece, so that a long value is not written out whole
+        text += piece
+        if len(text) > SHOWN:
+            return text[: SHOWN - 3] + "..."
+    return text
+
+
+class ApiError(Exception):
+    """What a client is told instead of an answer. Each leaf has its status and code."""
+
+    status: int
+    code: str | None = None
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        """The field that is wrong, as a path: `messages[2].role`."""
+        if code is not None:
+            self.code = code
+        self.headers = headers or {}
+        """Response headers of this error, names in lower case."""
+
+    @property
+    def type(self) -> str:
+        """OpenAI's class of error, which follows from the status."""
+        if self.status == 429:
+            return "rate_limit_error"
+        return "invalid_request_error" if self.status < 500 else "server_error"
+
+    def body(self) -> bytes:
+        """OpenAI's error envelope, in ASCII and on one line."""
+        error = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
+        return json.dumps({"error": error}, separators=(",", ":")).encode()
+
+    def event(self) -> bytes:
+        """The envelope as a server-sent event, the last of a stream that cannot go on."""
+        return b"data: " + self.body() + b"\n\n"
+
+
+class InvalidRequest(ApiError):
+    """The request is not one that the API describes."""
+
+    status = 400
+    code = "invalid_value"
+
+
+class ModelNotFound(ApiError):
+    """No model of that name."""
+
+    status = 404
+    code = "model_not_found"
+
+    def __init__(self, model: str) -> None:
+        super().__init__(
+            f"the model {shown(model)} does not exist; GET /v1/models lists those that do", param="model"
+        )
+
+
+class UnknownPath(ApiError):
+    """Nothing lives at that path."""
+
+    status = 404
+    code = "unknown_url"
+
+    def __init__(self, path: str) -> None:
+        super().__init__(
+            f"{shown(path)} is not served" if path.startswith("/v1/") else f"no such path: {shown(path)}"
+        )
+
+
+class MethodNotAllowed(ApiError):
+    """The path is served, by other methods."""
+
+    status = 405
+    code = "method_not_allowed"
+
+    def __init__(self, method: str, path: str, allowed: Iterable[str]) -> None:
+        methods = ", ".join(allowed)
+        super().__init__(f"{shown(path)} takes {methods}, not {method}", headers={"allow": methods})
+
+
+class RequestTimeout(ApiError):
+    """The body came too slowly."""
+
+    status = 408
+    code = "request_timeout"
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(f"the body did not arrive within {seconds:g} s")
+
+
+class BodyTooLarge(ApiError):
+    """The body is over the limit."""
+
+    status = 413
+    code = "body_too_large"
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(f"the body is longer than {limit} bytes")
+
+
+class UnsupportedMediaType(ApiError):
+    """The body does not claim to be JSON."""
+
+    status = 415
+    code = "unsupported_media_type"
+
+    def __init__(self, content_type: str | None) -> None:
+        said = f", not {shown(content_type)}" if content_type else ""
+        super().__init__(f"content-type must be application/json{said}")
+
+
+class SlowReader(ApiError):
+    """The client reads its stream so slowly that more than its buffer holds has gathered."""
+
+    status = 499
+    code = "slow_reader"
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(f"the stream was not read: {limit} bytes are waiting, which is as many as may")
+
+
+class InternalError(ApiError):
+    """Anything that no other error describes; the log says what."""
+
+    status = 500
+    code = "internal_error"
+
+    def __init__(self) -> None:
+        super().__init__("internal error")
+
+
+class FirstTokenTimeout(ApiError):
+    """The model took the request and made nothing of it in time."""
+
+    status = 504
+    code = "first_token_timeout"
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(f"the model produced nothing within {seconds:g} s")
+
+
+class Stalled(ApiError):
+    """The model stopped producing in the middle of an answer."""
+
+    status = 504
+    code = "stalled"
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(f"the model produced nothing more for {seconds:g} s")
+
+
+class TotalTimeout(ApiError):
+    """The answer took longer than an answer may."""
+
+    status = 504
+    code = "total_timeout"
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(f"the answer was not complete within {seconds:g} s")
+
+
+class RetryLater(ApiError):
+    """Nothing is wrong with the request: the same one may succeed after `Retry-After`."""
+
+    def __init__(self, message: str, *, retry_after: float = 1) -> None:
+        super().__init__(message, headers=_retry_after(retry_after))
+
+
+class Overloaded(RetryLater):
+    """The model has as many requests in flight and waiting as it may."""
+
+    status = 429
+    code = "overloaded"
+
+    def __init__(self, model: str, *, retry_after: float) -> None:
+        super().__init__(
+            f"the model {shown(model)} has no room for this request now", retry_after=retry_after
+        )
+
+
+class NoReplica(RetryLater):
+    """The model is known, and nothing healthy took the request in time."""
+
+    status = 503
+    code = "no_replica"
+
+    def __init__(self, model: str, *, retry_after: float = 1) -> None:
+        super().__init__(f"the model {shown(model)} is not ready", retry_after=retry_after)
+
+
+class ReplicaLost(RetryLater):
+    """What was generating the answer is gone."""
+
+    status = 503
+    code = "replica_lost"
+
+    def __init__(self) -> None:
+        super().__init__("generation was interrupted: the replica that ran it was lost")
+
+
+class ShuttingDown(RetryLater):
+    """The server ends what it has begun and begins nothing."""
+
+    status = 503
+    code = "shutting_down"
+
+    def __init__(self) -> None:
+        super().__init__("the server is shutting down")
+
+
+def from_refusal(refused: Refused) -> ApiError:
+    """The error that a replica's refusal is to the client, in the replica's words."""
+    headers = _retry_after(1) if refused.status in {429, 503} else None
+    error = ApiError(refused.message, param=refused.param, code=refused.code, headers=headers)
+    error.status = refused.status
+    return error
+
+
+def _retry_after(seconds: float) -> dict[str, str]:
+    """Whole seconds, at least one, also where the estimate is infinite or not a number."""
+    return {"retry-after": str(math.ceil(min(MAX_RETRY_AFTER, max(1, seconds))))}

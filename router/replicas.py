@@ -1,0 +1,133 @@
+"""The replicas of one hosted model: trunks to them, and the way a request finds one."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection, Mapping
+from time import monotonic
+
+import structlog
+
+from router.dispatch import pick
+from router.errors import NoReplica, ReplicaLost
+from router.trunk import Leaving, Lost, Trunk, TrunkOptions, TrunkStream
+from serving.handshake import HandshakeFailed
+from serving.messages import Chat
+
+log = structlog.get_logger(__name__)
+
+RECONNECT_S = (0.1, 2.0)
+"""Seconds between tries to reach a listed replica: the first, and the longest."""
+
+RETRY_AFTER_S = 5
+"""What a client is told to wait where no replica lives: an engine takes from seconds to minutes to start."""
+
+Address = tuple[str, int]
+
+
+class Replicas:
+    """The replicas of one model. Serve says which there are; only a trunk says which of them live."""
+
+    def __init__(self, name: str, options: TrunkOptions) -> None:
+        self.name = name
+        self.trunks: set[Trunk] = set()
+        self.context_length: int | None = None
+        """Tokens; not known before the first replica was."""
+        self.waiting = 0
+        """Requests that wait for a replica to be there."""
+        self._options = options
+        self._listed: Mapping[str, Address] = {}
+        self._keepers: dict[str, asyncio.Task[None]] = {}
+        self._changed = asyncio.Event()
+
+    def __repr__(self) -> str:
+        return f"<model {self.name}: {len(self.open)} of {len(self._listed)} replicas, {self.trunks}>"
+
+    @property
+    def open(self) -> Collection[Trunk]:
+        """Trunks that take new streams."""
+        return [trunk for trunk in self.trunks if not trunk.draining and not trunk.closed.done()]
+
+    def listed(self, replicas: Mapping[str, Address]) -> None:
+        """These replicas, by id, are the ones there are. One that is missing may still be draining: its
+        trunk stays until it closes."""
+        self._listed = replicas
+        for replica in replicas:
+            if replica not in self._keepers:
+                keeper = asyncio.create_task(self._keep(replica), name=f"trunk to {replica}")
+                self._keepers[replica] = keeper
+
+    async def generate(self, request: Chat, timeout_s: float) -> TrunkStream:
+        """A stream that has bytes to read, from the replica with the least to do.
+
+        Waits up to `timeout_s` seconds for a replica. A replica that is lost before the first byte is
+        replaced by another once; the client notices nothing. Raises ApiError.
+        """
+        deadline = monotonic() + timeout_s
+        lost = 0
+        while True:
+            trunk = await self._available(request, deadline)
+            stream = trunk.submit(request)
+            try:
+                await stream.started()
+            except Leaving:
+                trunk.draining = True
+            except Lost:
+                lost += 1
+                if lost > 1:
+                    raise ReplicaLost from None
+                deadline = monotonic() + timeout_s
+            except BaseException:
+                stream.close()
+                raise
+            else:
+                return stream
+
+    async def close(self) -> None:
+        """Leave every replica."""
+        for keeper in self._keepers.values():
+            keeper.cancel()
+        await asyncio.gather(*self._keepers.values(), return_exceptions=True)
+
+    async def _available(self, request: Chat, deadline: float) -> Trunk:
+        while (trunk := pick(self.open, request)) is None:
+            self._changed.clear()
+            self.waiting += 1
+            try:
+                async with asyncio.timeout(deadline - monotonic()):
+                    await self._changed.wait()
+            except TimeoutError:
+                raise NoReplica(self.name, retry_after=RETRY_AFTER_S) from None
+            finally:
+                self.waiting -= 1
+        return trunk
+
+    async def _keep(self, replica: str) -> None:
+        """Hold a trunk to the replica for as long as it is listed, and after that until it closes."""
+        pause_s, longest_s = RECONNECT_S
+        try:
+            while replica in self._listed:
+                host, port = self._listed[replica]
+                try:
+                    trunk = await Trunk.connect(host, port, self._options)
+                except (OSError, TimeoutError, HandshakeFailed) as error:
+                    log.warning("no trunk", model=self.name, replica=replica, error=repr(error))
+                    await asyncio.sleep(pause_s)
+                    pause_s = min(2 * pause_s, longest_s)
+                else:
+                    pause_s = RECONNECT_S[0]
+                    await self._hold(trunk)
+        finally:
+            del self._keepers[replica]
+
+    async def _hold(self, trunk: Trunk) -> None:
+        log.info("trunk open", model=self.name, replica=trunk.replica)
+        self.context_length = trunk.context_length
+        self.trunks.add(trunk)
+        self._changed.set()
+        try:
+            await asyncio.shield(trunk.closed)
+        finally:
+            self.trunks.discard(trunk)
+            trunk.abort()
+            log.info("trunk closed", model=self.name, replica=trunk.replica)

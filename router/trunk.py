@@ -1,0 +1,343 @@
+"""The router's end of the trunk: requests out, frames in, one buffer per stream."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from time import perf_counter
+from typing import NamedTuple, cast
+
+import structlog
+
+from router.errors import FirstTokenTimeout, SlowReader, Stalled, from_refusal
+from router.settings import ModelTimeouts
+from serving import messages
+from serving.handshake import HandshakeFailed, nonce, prove, verify
+from serving.messages import Accepted, Chat, Chunk, Ended, Event, FrameReader, Load, Refused, Usage
+from serving.metrics import TrunkTraffic
+from serving.settings import TrunkSettings
+
+log = structlog.get_logger(__name__)
+
+
+class Lost(Exception):
+    """The replica is gone, or gave up on the request: nothing more will come."""
+
+
+class Leaving(Exception):
+    """The replica is shutting down and has not taken the request."""
+
+
+class Piece(NamedTuple):
+    """What has gathered since the last read: bytes for the client and the tokens in them."""
+
+    data: bytes
+    tokens: int
+    last: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TrunkOptions:
+    """What all trunks of one model have in common."""
+
+    router: str
+    secret: bytes
+    settings: TrunkSettings
+    timeouts: ModelTimeouts
+    stream_buffer_bytes: int
+    traffic: TrunkTraffic
+
+
+class Trunk(asyncio.Protocol):
+    """One connection to one replica, and every stream on it."""
+
+    transport: asyncio.Transport
+
+    def __init__(self, options: TrunkOptions) -> None:
+        loop = asyncio.get_running_loop()
+        self.options = options
+        self.replica = "unknown"
+        self.context_length = 0
+        self.load = Load()
+        self.draining = False
+        self.unreported = 0
+        """Sequences submitted since the replica last told its load."""
+        self.streams: dict[int, TrunkStream] = {}
+        self.ready: asyncio.Future[None] = loop.create_future()
+        """Done when the two ends have proven themselves to each other."""
+        self.closed: asyncio.Future[None] = loop.create_future()
+        self._nonce = nonce()
+        self._challenge = b""
+        self._reader = FrameReader(messages.MAX_FRAME)
+        self._next_stream = 0
+        self._silent_beats = 0
+        self._spoke = False
+        self._beating: asyncio.TimerHandle | None = None
+
+    def __repr__(self) -> str:
+        state = "closed" if self.closed.done() else "draining" if self.draining else "open"
+        return f"<trunk to {self.replica}: {state}, {len(self.streams)} streams, {self.load}>"
+
+    @classmethod
+    async def connect(cls, host: str, port: int, options: TrunkOptions) -> Trunk:
+        """An open trunk. Raises OSError, TimeoutError or HandshakeFailed."""
+        loop = asyncio.get_running_loop()
+        async with asyncio.timeout(options.settings.connect_s):
+            _, trunk = await loop.create_connection(lambda: cls(options), host, port)
+            try:
+                await trunk.ready
+            except BaseException:
+                trunk.abort()
+                raise
+        return trunk
+
+    def submit(self, request: Chat) -> TrunkStream:
+        """Open a stream for the request. A trunk that is closed gives a stream that is lost."""
+        self._next_stream += 1
+        stream = TrunkStream(self, self._next_stream)
+        if self.closed.done():
+            stream.fail(Lost())
+            return stream
+        self.streams[self._next_stream] = stream
+        self.unreported += request.sampling.n
+        self.send(messages.Submit(self._next_stream, request))
+        return stream
+
+    def send(self, message: messages.ToReplica) -> None:
+        """Write one message at once."""
+        frame = messages.encode(message)
+        self._spoke = True
+        self.options.traffic.sent(len(frame))
+        self.transport.write(frame)
+
+    def abort(self) -> None:
+        """Drop the connection; its streams are lost."""
+        self.transport.abort()
+
+    # What the transport calls.
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast("asyncio.Transport", transport)
+        self._schedule_beat()
+
+    def data_received(self, data: bytes) -> None:
+        self._silent_beats = 0
+        try:
+            for frame in self._reader.feed(data):
+                self._receive(messages.decode_to_router(frame))
+        except (ValueError, HandshakeFailed) as error:
+            # ValueError covers what does not decode and what is too long.
+            log.warning("trunk broken", replica=self.replica, error=str(error))
+            self._give_up(error)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if self._beating is not None:
+            self._beating.cancel()
+        if not self.ready.done():
+            self.ready.set_exception(error or ConnectionResetError("closed during the handshake"))
+        self.closed.set_result(None)
+        for stream in list(self.streams.values()):
+            stream.fail(Lost())
+
+    # Incoming.
+
+    def _receive(self, message: messages.ToRouter) -> None:
+        match message:
+            case messages.Frame():
+                self._frame(message)
+            case messages.Ping():
+                pass
+            case messages.Challenge():
+                self._answer(message)
+            case messages.Welcome():
+                self._welcomed(message)
+            case messages.Draining():
+                self.draining = True
+
+    def _frame(self, frame: messages.Frame) -> None:
+        if not self.ready.done():
+            raise HandshakeFailed("a frame before the welcome")
+        if frame.load is not None:
+            self.load = frame.load
+            self.unreported = 0
+        for event in frame.events:
+            # A stream that was closed here may still have events on the way.
+            if stream := self.streams.get(event.stream):
+                stream.receive(event)
+
+    def _answer(self, challenge: messages.Challenge) -> None:
+        if challenge.protocol != messages.PROTOCOL:
+            raise HandshakeFailed(
+                f"the replica speaks protocol {challenge.protocol}, not {messages.PROTOCOL}"
+            )
+        self._challenge = challenge.nonce
+        proof = prove(self.options.secret, "router", challenge.nonce, self._nonce)
+        self.send(messages.Hello(self.options.router, proof, self._nonce))
+
+    def _welcomed(self, welcome: messages.Welcome) -> None:
+        verify(self.options.secret, "replica", welcome.proof, self._challenge, self._nonce)
+        self.replica = welcome.replica
+        self.context_length = welcome.context_length
+        if not self.ready.done():
+            self.ready.set_result(None)
+
+    def _give_up(self, error: Exception) -> None:
+        if not self.ready.done():
+            self.ready.set_exception(error)
+        self.abort()
+
+    # The clock: one timer per trunk looks after the heartbeat and after every stream's time-outs.
+
+    def _schedule_beat(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._beating = loop.call_later(self.options.settings.heartbeat_s, self._beat)
+
+    def _beat(self) -> None:
+        self._schedule_beat()
+        self._silent_beats += 1
+        settings = self.options.settings
+        # Beats are counted, not seconds: after a stall of our own, what the replica sent meanwhile is
+        # read before the silence is judged.
+        if self._silent_beats * settings.heartbeat_s > settings.silence_s:
+            log.warning("trunk lost: the replica is silent", replica=self.replica)
+            self.abort()
+            return
+        if not self._spoke:
+            self.send(messages.Ping())
+        self._spoke = False
+        now = perf_counter()
+        for stream in list(self.streams.values()):
+            stream.check(now)
+
+
+class TrunkStream:
+    """One request on a trunk. Its output gathers here until its reader takes it.
+
+    The stream owns its place on the trunk: `close` frees it, whoever calls it, as often as it is called.
+    """
+
+    __slots__ = (
+        "_data",
+        "_ended",
+        "_error",
+        "_heard_at",
+        "_number",
+        "_size",
+        "_started",
+        "_tokens",
+        "_trunk",
+        "_waiter",
+        "prompt_tokens",
+        "usage",
+    )
+
+    def __init__(self, trunk: Trunk, number: int) -> None:
+        self.prompt_tokens = 0
+        self.usage: Usage | None = None
+        self._trunk = trunk
+        self._number = number
+        self._data: list[bytes] = []
+        self._size = 0
+        self._tokens = 0
+        self._ended = False
+        self._started = False
+        self._error: Exception | None = None
+        self._waiter: asyncio.Future[None] | None = None
+        self._heard_at = perf_counter()
+
+    @property
+    def replica(self) -> str:
+        """Who generates."""
+        return self._trunk.replica
+
+    async def started(self) -> None:
+        """Returns when there are bytes to read.
+
+        Raises the replica's refusal as an ApiError, or FirstTokenTimeout, Lost, Leaving.
+        """
+        await self._wait()
+        if not self._data and self._error is not None:
+            raise self._error
+
+    async def read(self) -> Piece:
+        """Everything that has gathered, waiting for something to gather.
+
+        Raises what ended the stream early, once all that came before it has been read: Lost, or the
+        ApiError for a stall or a reader that was too slow.
+        """
+        await self._wait()
+        if not self._data and self._error is not None:
+            raise self._error
+        data = self._data[0] if len(self._data) == 1 else b"".join(self._data)
+        piece = Piece(data, self._tokens, self._ended)
+        self._data, self._size, self._tokens = [], 0, 0
+        return piece
+
+    def close(self) -> None:
+        """Leave the trunk; a request that has not ended is cancelled in the engine."""
+        if self._trunk.streams.pop(self._number, None) is not None and not self._ended:
+            self._trunk.send(messages.Cancel(self._number))
+
+    # What the trunk calls.
+
+    def receive(self, event: Event) -> None:
+        """One event of a frame."""
+        self._heard_at = perf_counter()
+        match event:
+            case Chunk(data=data, tokens=tokens):
+                self._gather(data, tokens)
+            case Accepted(prompt_tokens=prompt_tokens):
+                self.prompt_tokens = prompt_tokens
+                return
+            case Ended(failed=False, data=data, tokens=tokens, usage=usage):
+                self.usage = usage
+                self._ended = True
+                self._leave()
+                self._gather(data, tokens)
+            case Ended():
+                self.fail(Lost())
+            case Refused():
+                self.fail(Leaving() if event.status == 503 else from_refusal(event))
+        self._wake()
+
+    def fail(self, error: Exception) -> None:
+        """Nothing more will be received, because of `error`."""
+        self._leave()
+        self._error = self._error or error
+        self._wake()
+
+    def check(self, now: float) -> None:
+        """End the stream if its engine has kept silent for too long."""
+        timeouts = self._trunk.options.timeouts
+        silence = now - self._heard_at
+        if self._started and silence > timeouts.stall_s:
+            self._stop(Stalled(timeouts.stall_s))
+        elif not self._started and silence > timeouts.first_token_s:
+            self._stop(FirstTokenTimeout(timeouts.first_token_s))
+
+    def _gather(self, data: bytes, tokens: int) -> None:
+        self._started = True
+        if data:
+            self._data.append(data)
+            self._size += len(data)
+            self._tokens += tokens
+            if self._size > self._trunk.options.stream_buffer_bytes and not self._ended:
+                self._stop(SlowReader(self._trunk.options.stream_buffer_bytes))
+
+    def _stop(self, error: Exception) -> None:
+        """Give the request up from our side: the engine is told, the reader finds `error`."""
+        self.close()
+        self.fail(error)
+
+    def _leave(self) -> None:
+        self._trunk.streams.pop(self._number, None)
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def _wait(self) -> None:
+        # An ended stream has data until its last piece is read, and is not read after that.
+        while not self._data and self._error is None:
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter

@@ -1,0 +1,193 @@
+"""The echo engine: an engine without a model, for demonstrations, tests and router benchmarks.
+
+It repeats the words of the last user message until `max_tokens`. A word with the space before it is a
+token, and usage counts words. It batches as a real engine does: a step gives every running sequence one
+token, and sequences beyond `max_num_seqs` wait.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from itertools import islice
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from serving.engine import EngineDead, FinishReason, Prompt, Sink
+from serving.messages import Load, Message, Sampling
+
+
+class EchoArguments(BaseModel):
+    """The echo engine's `engine_args`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    max_model_len: int = Field(8192, ge=2, description="Tokens (words) of prompt and answer together.")
+    max_num_seqs: int = Field(1024, ge=1, description="Sequences that a step advances; others wait.")
+    tokens_per_second: float | None = Field(
+        None, gt=0, description="Pace of one sequence; null is as fast as the machine allows."
+    )
+    time_to_first_token_s: float = Field(0.0, ge=0, description="Seconds from a request to its first token.")
+
+
+class StopScanner:
+    """Holds back text that may be the beginning of a stop string, and cuts at the first one found."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = stops
+        self._longest = max(map(len, stops), default=0)
+        self._held = ""
+
+    def feed(self, text: str) -> tuple[str, bool]:
+        """The text that is certain now, and whether a stop string was met."""
+        if not self._longest:
+            return text, False
+        self._held += text
+        found = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        if found:
+            return self._held[: min(found)], True
+        certain = max(0, len(self._held) - self._longest + 1)
+        text, self._held = self._held[:certain], self._held[certain:]
+        return text, False
+
+    def rest(self) -> str:
+        """What is held back, once nothing can follow."""
+        return self._held
+
+
+class EchoSequence:
+    """One choice of one request on its way through the batch."""
+
+    def __init__(
+        self,
+        request_id: str,
+        prompt: Prompt,
+        sampling: Sampling,
+        choice: int,
+        sink: Sink,
+        ready_at: float,
+    ) -> None:
+        self.request_id = request_id
+        self.ready_at = ready_at
+        self.produced = 0
+        self._prompt = prompt
+        self._choice = choice
+        self._sink = sink
+        self._max_tokens = sampling.max_tokens
+        self._scanner = StopScanner(sampling.stop)
+        seed = sampling.choice_seed(choice) if sampling.temperature > 0 else None
+        self._position = (seed or 0) % max(1, len(prompt.content))
+
+    @property
+    def context(self) -> int:
+        """Tokens that the sequence holds."""
+        return self._prompt.length + self.produced
+
+    def step(self) -> bool:
+        """Put the next token into the sink; whether it was the last."""
+        text, tokens, finish_reason = self._next()
+        self._sink.put(self._choice, text, tokens, finish_reason)
+        return finish_reason is not None
+
+    def _next(self) -> tuple[str, int, FinishReason | None]:
+        words = self._prompt.content
+        if not words:
+            return "", 0, "stop"
+        word = words[self._position]
+        self._position = (self._position + 1) % len(words)
+        text, stopped = self._scanner.feed(f" {word}" if self.produced else word)
+        self.produced += 1
+        if stopped:
+            return text, 1, "stop"
+        if self.produced == self._max_tokens:
+            return text + self._scanner.rest(), 1, "length"
+        return text, 1, None
+
+
+class EchoEngine:
+    """An `Engine` whose accelerator is a loop over words."""
+
+    def __init__(self, arguments: EchoArguments) -> None:
+        self.context_length = arguments.max_model_len
+        self._arguments = arguments
+        self._requests: dict[str, set[EchoSequence]] = {}
+        # Both are ordered sets: a sequence leaves from the middle when its request is cancelled.
+        self._waiting: dict[EchoSequence, None] = {}
+        self._running: dict[EchoSequence, None] = {}
+        self._load = Load()
+        self._work = asyncio.Event()
+        self._stepping: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        self._stepping = asyncio.create_task(self._run(), name="echo engine")
+
+    async def render(self, messages: Sequence[Message]) -> Prompt:
+        spoken = [message.content for message in messages if message.role == "user"]
+        words = spoken[-1].split() if spoken else []
+        return Prompt(sum(len(message.content.split()) for message in messages), words)
+
+    async def generate(self, request_id: str, prompt: Prompt, sampling: Sampling, sink: Sink) -> None:
+        sink.accepted()
+        ready_at = asyncio.get_running_loop().time() + self._arguments.time_to_first_token_s
+        sequences = [
+            EchoSequence(request_id, prompt, sampling, choice, sink, ready_at) for choice in range(sampling.n)
+        ]
+        self._requests[request_id] = set(sequences)
+        self._waiting.update(dict.fromkeys(sequences))
+        self._work.set()
+
+    def cancel(self, request_id: str) -> None:
+        for sequence in self._requests.pop(request_id, ()):
+            self._waiting.pop(sequence, None)
+            self._running.pop(sequence, None)
+        self._measure()
+
+    def load(self) -> Load:
+        return self._load
+
+    async def died(self) -> EngineDead:
+        if self._stepping is None:
+            raise RuntimeError("the echo engine was not started")
+        await asyncio.wait([self._stepping])
+        return EngineDead("the echo engine has stopped")
+
+    async def close(self) -> None:
+        if self._stepping is not None:
+            self._stepping.cancel()
+            await asyncio.wait([self._stepping])
+
+    async def _run(self) -> None:
+        loop = asyncio.get_running_loop()
+        interval = 1 / (self._arguments.tokens_per_second or float("inf"))
+        due = 0.0
+        while True:
+            await self._work.wait()
+            now = loop.time()
+            self._step(now)
+            due = max(due, now) + interval
+            first_ready = min((sequence.ready_at for sequence in self._running), default=due)
+            await asyncio.sleep(max(due, first_ready) - loop.time())
+
+    def _step(self, now: float) -> None:
+        places = self._arguments.max_num_seqs - len(self._running)
+        for sequence in list(islice(self._waiting, places)):
+            del self._waiting[sequence]
+            self._running[sequence] = None
+        for sequence in list(self._running):
+            if sequence.ready_at <= now and sequence.step():
+                self._finish(sequence)
+        if not self._running and not self._waiting:
+            self._work.clear()
+        self._measure()
+
+    def _finish(self, sequence: EchoSequence) -> None:
+        del self._running[sequence]
+        siblings = self._requests[sequence.request_id]
+        siblings.remove(sequence)
+        if not siblings:
+            del self._requests[sequence.request_id]
+
+    def _measure(self) -> None:
+        capacity = self._arguments.max_num_seqs * self._arguments.max_model_len
+        held = sum(sequence.context for sequence in self._running)
+        self._load = Load(len(self._running), len(self._waiting), held / capacity)
