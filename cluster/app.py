@@ -6,7 +6,6 @@ One Serve application for each model, so that one can change without the others,
 from __future__ import annotations
 
 import logging
-import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +22,7 @@ from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, Loggi
 
 from cluster import environment
 from cluster.config import Config, ModelConfig
-from cluster.placement import CONTROL_CALLS, Placement, place
+from cluster.placement import CONTROL_CALLS, Placement, PlacementError, place
 from router.deployment import RouterServer
 from serving import orphans
 from serving.deployment import DEPLOYMENT, ModelServer, ReplicaSettings
@@ -83,8 +82,6 @@ def ray_cluster(address: str, progress: Progress) -> Iterator[None]:
         logging_level=logging.ERROR,
         **(own if address == "local" else {}),
     )
-    # Ray has put a handler of its own there.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     finally:
@@ -96,6 +93,8 @@ def ray_cluster(address: str, progress: Progress) -> Iterator[None]:
 def deployed(config: Config, log_dir: Path | None, progress: Progress) -> Iterator[None]:
     """The configuration's deployments, running and ready in the block, gone after it. Needs `ray_cluster`."""
     progress("starting the deployments")
+    # Serve tells the terminal of every step; what matters of it is told here.
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     secret = environment.trunk_secret()
     serve.start(proxy_location=ProxyLocation.Disabled, logging_config=LoggingConfig(log_level="WARNING"))
     try:
@@ -104,21 +103,22 @@ def deployed(config: Config, log_dir: Path | None, progress: Progress) -> Iterat
         wait_ready(config, progress)
         yield
     finally:
-        # A second signal must not leave half of it behind.
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)
         progress("stopping: running answers may end")
         delete(config)
 
 
 def deploy_models(config: Config, secret: bytes, log_dir: Path | None) -> None:
-    """One application for each model; returns at once."""
+    """One application for each model; returns at once. Raises StartFailed where there is no room."""
     nodes = ray.nodes()  # type: ignore[no-untyped-call]
     gpus_by_node = [int(node["Resources"].get("GPU", 0)) for node in nodes if node["Alive"]]
+    try:
+        placements = place(config.models, gpus_by_node)
+    except PlacementError as error:
+        raise StartFailed(str(error)) from None
     local = config.ray.address == "local"
     targets = [
         _model_target(model, placement, config, secret, log_dir, loopback=local)
-        for model, placement in zip(config.models, place(config.models, gpus_by_node), strict=True)
+        for model, placement in zip(config.models, placements, strict=True)
     ]
     serve.run_many(targets, wait_for_ingress_deployment_creation=True, wait_for_applications_running=False)
 
@@ -137,6 +137,7 @@ def _model_target(
         engine=model.engine_settings.model_copy(update={"engine_args": placement.engine_args}),
         trunk=config.trunk,
         loopback=loopback,
+        drain_s=model.drain_s,
         log_dir=log_dir,
     )
     deployment = serve.deployment(

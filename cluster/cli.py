@@ -51,7 +51,7 @@ def _add_serve(commands: Any) -> None:
     parser = commands.add_parser(
         "serve",
         help="start everything that a configuration describes, and keep it running",
-        description="Starts Ray, an engine for each model and the routers, says what it is doing, and ends with"
+        description="Starts Ray, an engine for each model and the routers, says what it does, and ends with"
         " a curl line that works. Ctrl-C (or SIGTERM) lets running answers end, then ends everything.",
         epilog="Exit status: 0 after Ctrl-C, 1 if something could not be started, 2 for a bad configuration.",
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -161,6 +162,7 @@ class Config(Settings):
     def router_settings(self) -> RouterSettings:
         """What every router process is told."""
         return RouterSettings(
+            created=int(time.time()),
             listen=self.listen,
             routers=self.routers,
             models=tuple(map(self._hosted, self.models)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import tempfile
 import threading
@@ -39,20 +40,37 @@ def serve(config: Config) -> int:
     The environment must have been prepared before this module was imported. Raises SourceError.
     """
     say = Narrator()
+    interrupt_once()
     log_dir = config.log_dir or Path(tempfile.mkdtemp(prefix="trunkline-"))
     try:
         app.check_port(config.listen.host, config.listen.port)
         put_models_in_place(config, say)
-        with app.ray_cluster(config.ray.address, say), app.deployed(config, log_dir, say):
-            wait_answering(config)
-            say(f"ready; logs are in {log_dir}\n\n{curl_line(config)}\n\nCtrl-C ends it.")
-            threading.Event().wait()
+        with app.ray_cluster(config.ray.address, say):
+            interrupt_once()  # again: Ray has put a handler of its own in its place
+            with app.deployed(config, log_dir, say):
+                wait_answering(config)
+                say(f"ready; logs are in {log_dir}\n\n{curl_line(config)}\n\nCtrl-C ends it.")
+                threading.Event().wait()
     except app.StartFailed as error:
         print(f"trunkline: {error}\nLogs are in {log_dir}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         say("stopped")
     return 0
+
+
+def interrupt_once() -> None:
+    """Let the first signal that asks us to end raise KeyboardInterrupt, and ignore the rest: taking all of it
+    down must not be left half done, and whoever runs us may pass on what a terminal has sent us already."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+    def interrupt(*_: object) -> None:
+        for number in numbers:
+            signal.signal(number, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    for number in numbers:
+        signal.signal(number, interrupt)
 
 
 def put_models_in_place(config: Config, say: Narrator) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import deque
+from contextlib import suppress
 from time import monotonic
 
 from router.errors import InvalidRequest, Overloaded
@@ -123,14 +124,17 @@ class Admission:
             # The turn came in the same moment as what ended the wait.
             self.free(size)
             return
-        self._queue.remove(entry)
+        with suppress(ValueError):
+            # It is gone where a slot came free between the cancelling and now.
+            self._queue.remove(entry)
         self._advance()
 
     def _advance(self) -> None:
         while self._queue and self.used + self._queue[0][0] <= self.capacity:
             size, turn = self._queue.popleft()
-            self.used += size
-            turn.set_result(None)
+            if not turn.cancelled():
+                self.used += size
+                turn.set_result(None)
 
     def _overloaded(self, size: int) -> Overloaded:
         ahead = self.used + sum(waiting for waiting, _ in self._queue) + size - self.capacity

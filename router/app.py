@@ -48,7 +48,8 @@ class Application:
         """`identity` names this process to replicas and in logs."""
         self.metrics = RouterMetrics(registry)
         self.catalog = Catalog(
-            build_model(model, settings, identity, secret, self.metrics) for model in settings.models
+            (build_model(model, settings, identity, secret, self.metrics) for model in settings.models),
+            settings.created,
         )
         self.chat = ChatCompletions(self.catalog, settings, self.metrics)
         self._others = with_request_id(build_api(self.catalog, self.chat, scrape))
@@ -91,16 +92,19 @@ def build_model(
 
 
 def build_api(catalog: Catalog, chat: ChatCompletions, scrape: Scrape) -> FastAPI:
-    """All routes but the streaming one; that one is named here so that other methods are refused as such."""
+    """All routes but the streaming one; that one is named here so that other methods are refused as such.
+
+    Every route is a coroutine: FastAPI runs others in threads, where the loop's state must not be read.
+    """
     api = FastAPI(title="Trunkline", openapi_url=None, redirect_slashes=False)
     api.router.routes.append(Route(CHAT_COMPLETIONS, chat, methods=["POST"]))
 
     @api.get("/v1/models")
-    def models() -> protocol.ModelList:
+    async def models() -> protocol.ModelList:
         return protocol.ModelList(data=catalog.entries())
 
     @api.get("/v1/models/{name:path}")
-    def model(name: str) -> protocol.Model:
+    async def model(name: str) -> protocol.Model:
         return catalog.entry(name)
 
     @api.get("/metrics")
@@ -110,17 +114,17 @@ def build_api(catalog: Catalog, chat: ChatCompletions, scrape: Scrape) -> FastAP
         return Response(await scrape(scope == "process"), media_type=CONTENT_TYPE)
 
     @api.get("/health")
-    def health() -> JSONResponse:
+    async def health() -> JSONResponse:
         status = "shutting down" if chat.draining else "ok"
         states = {model.settings.name: model.state for model in catalog.models}
         return JSONResponse({"status": status, "models": states}, 503 if chat.draining else 200)
 
     @api.get("/-/healthz")
-    def healthz() -> PlainTextResponse:
+    async def healthz() -> PlainTextResponse:
         return PlainTextResponse("draining", 503) if chat.draining else PlainTextResponse("success")
 
     @api.get("/-/routes")
-    def routes() -> dict[str, str]:
+    async def routes() -> dict[str, str]:
         return {"/": "router"}
 
     for kind, answer in ERROR_ANSWERS.items():

@@ -59,6 +59,8 @@ class Call:
         self.began = time.perf_counter()
         """By the metrics' clock."""
         self._first_bytes_at: float | None = None
+        self._begun = False
+        """Whether the answer's headers have gone out."""
         self._stream: TrunkStream | None = None
         self._tokens = 0
         # What holds until more is known: whatever ends the request now, its client got nothing.
@@ -139,13 +141,15 @@ class Call:
     async def fail(self, error: ApiError) -> None:
         """Tell the client why there is no answer, or no more of it."""
         self._error = error.code or error.type
-        if self._first_bytes_at is not None:
-            self._outcome, self._status = "failed", 200
-            # A client that has stopped reading must not hold the request for ever: uvicorn drops the
-            # connection of an answer that was left incomplete.
-            with suppress(TimeoutError):
-                async with asyncio.timeout(LAST_EVENT_S):
-                    await self._write(error.event() if self.streamed else b"", more=False)
+        if self._begun:
+            self._outcome = "failed"
+            # Where this is not written, uvicorn drops the connection of the answer that was left incomplete.
+            # So it does for a whole answer, which has no place for an error.
+            if self.streamed:
+                # A client that has stopped reading must not hold the request for ever.
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(LAST_EVENT_S):
+                        await self._write(error.event(), more=False)
             return
         self._outcome = "refused" if self._stream is None else "failed"
         body = error.body()
@@ -159,6 +163,8 @@ class Call:
     def finish(self) -> None:
         """Count the request and write its line in the log. To be called once, at the end."""
         now = time.perf_counter()
+        if self._outcome == "cancelled":
+            self._status = 499
         if self._metrics is not None:
             self._metrics.finished(self._outcome, self._status, now)
         else:
@@ -191,9 +197,10 @@ class Call:
         return _json_headers(len(piece.data))
 
     async def _start(self, status: int, headers: Headers) -> None:
-        self._status = status
         headers.append((b"x-request-id", self.request_id.encode()))
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
+        self._begun = True
+        self._status = status
 
     async def _write(self, data: bytes, *, more: bool) -> None:
         await self._send({"type": "http.response.body", "body": data, "more_body": more})

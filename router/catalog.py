@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -39,9 +38,10 @@ class Model:
 class Catalog:
     """The models, found by any of their names, in any case."""
 
-    def __init__(self, models: Iterable[Model]) -> None:
+    def __init__(self, models: Iterable[Model], created: int) -> None:
+        """`created` is when the deployment was, in Unix seconds: every router's cards say the same."""
         self.models = tuple(models)
-        self._created = int(time.time())
+        self._created = created
         self._names: dict[str, tuple[str, Model]] = {}
         for model in self.models:
             for name in (model.settings.name, *model.settings.aliases):

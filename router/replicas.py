@@ -64,18 +64,19 @@ class Replicas:
         replaced by another once; the client notices nothing. Raises ApiError.
         """
         deadline = monotonic() + timeout_s
-        lost = 0
+        lost: Trunk | None = None
         while True:
-            trunk = await self._available(request, deadline)
+            trunk = await self._available(request, deadline, besides=lost)
             stream = trunk.submit(request)
             try:
                 await stream.started()
             except Leaving:
                 trunk.draining = True
             except Lost:
-                lost += 1
-                if lost > 1:
+                if lost is not None:
                     raise ReplicaLost from None
+                # An engine that has died may end its requests before its replica ends the trunk.
+                lost = trunk
                 deadline = monotonic() + timeout_s
             except BaseException:
                 stream.close()
@@ -89,8 +90,8 @@ class Replicas:
             keeper.cancel()
         await asyncio.gather(*self._keepers.values(), return_exceptions=True)
 
-    async def _available(self, request: Chat, deadline: float) -> Trunk:
-        while (trunk := pick(self.open, request)) is None:
+    async def _available(self, request: Chat, deadline: float, besides: Trunk | None) -> Trunk:
+        while (trunk := pick([trunk for trunk in self.open if trunk is not besides], request)) is None:
             self._changed.clear()
             self.waiting += 1
             try:

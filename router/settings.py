@@ -60,7 +60,7 @@ class ModelLimits(Settings):
 class Limits(ModelLimits):
     """What a router process accepts, and what each of its models may hold unless the model says otherwise."""
 
-    body_bytes: int = Field(8 * 1024 * 1024, ge=1024, le=LONGEST_BODY, description="Bytes of a request body.")
+    body_bytes: int = Field(4 * 1024 * 1024, ge=1024, le=LONGEST_BODY, description="Bytes of a request body.")
 
 
 class ModelTimeouts(Settings):
@@ -117,6 +117,7 @@ class HostedModel(Settings):
 class RouterSettings(Settings):
     """Everything that a router process is told at its start."""
 
+    created: int = Field(0, description="When the deployment was made, in Unix seconds.")
     listen: Listen = Listen()
     routers: int = Field(1, ge=1, le=1024, description="Router processes that share the port.")
     models: tuple[HostedModel, ...] = ()

@@ -61,7 +61,9 @@ class Trunk(asyncio.Protocol):
         self.load = Load()
         self.draining = False
         self.unreported = 0
-        """Sequences submitted since the replica last told its load."""
+        """Sequences submitted since the replica last told its load, and not ended since."""
+        self.reports = 0
+        """How often the replica has told its load."""
         self.streams: dict[int, TrunkStream] = {}
         self.ready: asyncio.Future[None] = loop.create_future()
         """Done when the two ends have proven themselves to each other."""
@@ -94,7 +96,7 @@ class Trunk(asyncio.Protocol):
     def submit(self, request: Chat) -> TrunkStream:
         """Open a stream for the request. A trunk that is closed gives a stream that is lost."""
         self._next_stream += 1
-        stream = TrunkStream(self, self._next_stream)
+        stream = TrunkStream(self, self._next_stream, request.sampling.n)
         if self.closed.done():
             stream.fail(Lost())
             return stream
@@ -125,10 +127,10 @@ class Trunk(asyncio.Protocol):
         try:
             for frame in self._reader.feed(data):
                 self._receive(messages.decode_to_router(frame))
-        except (ValueError, HandshakeFailed) as error:
-            # ValueError covers what does not decode and what is too long.
+        except (ValueError, RecursionError, HandshakeFailed) as error:
+            # ValueError covers what does not decode and what is too long, RecursionError what is too deep.
             log.warning("trunk broken", replica=self.replica, error=str(error))
-            self._give_up(error)
+            self._give_up(HandshakeFailed(str(error)))
 
     def connection_lost(self, error: Exception | None) -> None:
         if self._beating is not None:
@@ -160,6 +162,7 @@ class Trunk(asyncio.Protocol):
         if frame.load is not None:
             self.load = frame.load
             self.unreported = 0
+            self.reports += 1
         for event in frame.events:
             # A stream that was closed here may still have events on the way.
             if stream := self.streams.get(event.stream):
@@ -202,7 +205,7 @@ class Trunk(asyncio.Protocol):
             log.warning("trunk lost: the replica is silent", replica=self.replica)
             self.abort()
             return
-        if not self._spoke:
+        if self.ready.done() and not self._spoke:
             self.send(messages.Ping())
         self._spoke = False
         now = perf_counter()
@@ -222,6 +225,8 @@ class TrunkStream:
         "_error",
         "_heard_at",
         "_number",
+        "_reports",
+        "_sequences",
         "_size",
         "_started",
         "_tokens",
@@ -231,11 +236,13 @@ class TrunkStream:
         "usage",
     )
 
-    def __init__(self, trunk: Trunk, number: int) -> None:
+    def __init__(self, trunk: Trunk, number: int, sequences: int) -> None:
         self.prompt_tokens = 0
         self.usage: Usage | None = None
         self._trunk = trunk
         self._number = number
+        self._sequences = sequences
+        self._reports = trunk.reports
         self._data: list[bytes] = []
         self._size = 0
         self._tokens = 0
@@ -275,7 +282,7 @@ class TrunkStream:
 
     def close(self) -> None:
         """Leave the trunk; a request that has not ended is cancelled in the engine."""
-        if self._trunk.streams.pop(self._number, None) is not None and not self._ended:
+        if self._leave() and not self._ended:
             self._trunk.send(messages.Cancel(self._number))
 
     # What the trunk calls.
@@ -329,8 +336,15 @@ class TrunkStream:
         self.close()
         self.fail(error)
 
-    def _leave(self) -> None:
-        self._trunk.streams.pop(self._number, None)
+    def _leave(self) -> bool:
+        """Free the place on the trunk; whether it was still held."""
+        trunk = self._trunk
+        if trunk.streams.pop(self._number, None) is None:
+            return False
+        if self._reports == trunk.reports:
+            # The replica's next report need not differ from its last: this one came and went between the two.
+            trunk.unreported -= self._sequences
+        return True
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import msgspec
 import structlog
 
-from serving.engine import Engine, FinishReason, Refusal
+from serving.engine import Engine, EngineDead, FinishReason, Refusal
 from serving.messages import Chat, Sampling, Usage
 
 log = structlog.get_logger(__name__)
@@ -19,18 +19,31 @@ _json = msgspec.json.Encoder().encode
 
 DONE = b"data: [DONE]\n\n"
 
+LONGEST_ANSWER = 8 * 1024 * 1024
+"""Characters of a whole answer, all choices together. At six bytes each in JSON, it fits a frame."""
+
+_TOO_LONG = Refusal(
+    f"the answer has more than {LONGEST_ANSWER} characters, which only a stream may have",
+    param="stream",
+    code="answer_too_long",
+)
+
 
 class Outlet(Protocol):
-    """The trunk's end of one stream. Exactly one of `refused` and `ended` closes it."""
+    """The trunk's end of one stream. Exactly one of `refused` and `ended` closes it; after that, nothing that
+    is called has an effect."""
 
     def accepted(self, prompt_tokens: int) -> None:
         """The engine has the request."""
 
     def refused(self, refusal: Refusal) -> None:
-        """Nothing will be generated."""
+        """Nothing will be generated, or no more of it."""
 
     def chunk(self, data: bytes, tokens: int) -> None:
         """`data` for the client, carrying `tokens` tokens."""
+
+    def progress(self) -> None:
+        """There are more tokens, and none for the client yet."""
 
     def ended(self, data: bytes, tokens: int, usage: Usage, *, failed: bool = False) -> None:
         """The last bytes and what was used in all. A failed stream has none."""
@@ -48,13 +61,17 @@ async def generate(engine: Engine, request: Chat, outlet: Outlet) -> None:
         await engine.generate(request.id, prompt, sampling, sink)
     except Refusal as refusal:
         outlet.refused(refusal)
+    except EngineDead as error:
+        log.warning("the engine took no request", completion=request.id, error=str(error))
+        outlet.ended(b"", 0, Usage(0, 0), failed=True)
     except Exception:
         log.exception("request failed before generation", completion=request.id)
         outlet.refused(Refusal("internal error", status=500))
 
 
 def fit(sampling: Sampling, prompt_tokens: int, context_length: int) -> Sampling:
-    """The sampling with `max_tokens` clamped to the room that the prompt leaves in the context.
+    """The sampling with `max_tokens`, and what must not exceed it, clamped to the room that the prompt
+    leaves in the context.
 
     Raises Refusal where it leaves none.
     """
@@ -68,7 +85,7 @@ def fit(sampling: Sampling, prompt_tokens: int, context_length: int) -> Sampling
         )
     if sampling.max_tokens <= room:
         return sampling
-    return msgspec.structs.replace(sampling, max_tokens=room)
+    return msgspec.structs.replace(sampling, max_tokens=room, min_tokens=min(sampling.min_tokens, room))
 
 
 class _Answer:
@@ -130,6 +147,8 @@ class EventStream(_Answer):
         if data:
             self._outlet.chunk(data, self._held_tokens)
             self._held_tokens = 0
+        else:
+            self._outlet.progress()
 
     def _delta(self, choice: int, text: str) -> bytes:
         delta = b"".join((self._openings[choice], _json(text), self._closed_delta))
@@ -166,12 +185,18 @@ class Completion(_Answer):
     def __init__(self, request: Chat, prompt_tokens: int, outlet: Outlet) -> None:
         super().__init__(request, prompt_tokens, outlet)
         self._texts: list[list[str]] = [[] for _ in range(self._unfinished)]
+        self._length = 0
         self._finish_reasons: list[FinishReason | None] = [None] * self._unfinished
 
     def put(self, choice: int, text: str, tokens: int, finish_reason: FinishReason | None) -> None:
         self._completion_tokens += tokens
         self._texts[choice].append(text)
-        if finish_reason is not None:
+        self._length += len(text)
+        if self._length > LONGEST_ANSWER:
+            self._outlet.refused(_TOO_LONG)
+        elif finish_reason is None:
+            self._outlet.progress()
+        else:
             self._unfinished -= 1
             self._finish_reasons[choice] = finish_reason
             if not self._unfinished:

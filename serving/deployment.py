@@ -37,6 +37,8 @@ class ReplicaSettings(Settings):
     trunk: TrunkSettings = TrunkSettings()
     loopback: bool
     """Whether all routers are on this machine: the trunk then listens on 127.0.0.1 only."""
+    drain_s: float
+    """Seconds that running streams may take to end when the replica is stopped."""
     log_dir: Path | None = None
 
 
@@ -46,6 +48,7 @@ class ModelServer:
     # Serve awaits it, which the type of a constructor has no words for.
     async def __init__(self, settings: ReplicaSettings, secret: bytes) -> None:  # type: ignore[misc]
         logs.configure(f"replica-{settings.model.replace('/', '_')}", settings.log_dir)
+        self._drain_s = settings.drain_s
         self._id = serve.get_replica_context().replica_id.unique_id
         ended = await asyncio.to_thread(orphans.end_orphans)
         orphans.mark()
@@ -73,7 +76,11 @@ class ModelServer:
         """Serve awaits this before it ends the process: let the streams end, then free the engine."""
         log.info("replica drains", replica=self._id)
         self._watching.cancel()
-        await self._trunk.drain()
+        try:
+            async with asyncio.timeout(self._drain_s):
+                await self._trunk.drain()
+        except TimeoutError:
+            log.warning("streams are cut off", replica=self._id, drain_s=self._drain_s)
         await self._trunk.close()
         await self._engine.close()
         log.info("replica ends", replica=self._id)

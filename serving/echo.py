@@ -1,8 +1,8 @@
 """The echo engine: an engine without a model, for demonstrations, tests and router benchmarks.
 
 It repeats the words of the last user message until `max_tokens`. A word with the space before it is a
-token, and usage counts words. It batches as a real engine does: a step gives every running sequence one
-token, and sequences beyond `max_num_seqs` wait.
+token, and usage counts words; only a word of more than LONGEST_TOKEN characters is several. It batches as a
+real engine does: a step gives every running sequence one token, and sequences beyond `max_num_seqs` wait.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from serving.engine import EngineDead, FinishReason, Prompt, Sink
 from serving.messages import Load, Message, Sampling
 
+LONGEST_TOKEN = 256
+"""Characters. As with any tokenizer a token is short, so that no request makes a step's output large."""
+
 
 class EchoArguments(BaseModel):
     """The echo engine's `engine_args`."""
@@ -28,6 +31,15 @@ class EchoArguments(BaseModel):
         None, gt=0, description="Pace of one sequence; null is as fast as the machine allows."
     )
     time_to_first_token_s: float = Field(0.0, ge=0, description="Seconds from a request to its first token.")
+
+
+def tokenize(text: str) -> list[str]:
+    """The words of a text, each with a space before it, the longest ones in pieces."""
+    return [
+        word[begin : begin + LONGEST_TOKEN]
+        for word in map(" {}".format, text.split())
+        for begin in range(0, len(word), LONGEST_TOKEN)
+    ]
 
 
 class StopScanner:
@@ -90,12 +102,12 @@ class EchoSequence:
         return finish_reason is not None
 
     def _next(self) -> tuple[str, int, FinishReason | None]:
-        words = self._prompt.content
-        if not words:
+        tokens = self._prompt.content
+        if not tokens:
             return "", 0, "stop"
-        word = words[self._position]
-        self._position = (self._position + 1) % len(words)
-        text, stopped = self._scanner.feed(f" {word}" if self.produced else word)
+        token = tokens[self._position]
+        self._position = (self._position + 1) % len(tokens)
+        text, stopped = self._scanner.feed(token if self.produced else token.removeprefix(" "))
         self.produced += 1
         if stopped:
             return text, 1, "stop"
@@ -123,8 +135,8 @@ class EchoEngine:
 
     async def render(self, messages: Sequence[Message]) -> Prompt:
         spoken = [message.content for message in messages if message.role == "user"]
-        words = spoken[-1].split() if spoken else []
-        return Prompt(sum(len(message.content.split()) for message in messages), words)
+        length = sum(len(tokenize(message.content)) for message in messages)
+        return Prompt(length, tokenize(spoken[-1]) if spoken else [])
 
     async def generate(self, request_id: str, prompt: Prompt, sampling: Sampling, sink: Sink) -> None:
         sink.accepted()
@@ -137,7 +149,10 @@ class EchoEngine:
         self._work.set()
 
     def cancel(self, request_id: str) -> None:
-        for sequence in self._requests.pop(request_id, ()):
+        sequences = self._requests.pop(request_id, None)
+        if sequences is None:
+            return
+        for sequence in sequences:
             self._waiting.pop(sequence, None)
             self._running.pop(sequence, None)
         self._measure()
@@ -174,7 +189,10 @@ class EchoEngine:
             del self._waiting[sequence]
             self._running[sequence] = None
         for sequence in list(self._running):
-            if sequence.ready_at <= now and sequence.step():
+            # A sink may have had its request cancelled: this one's siblings, or itself with its last token.
+            if sequence not in self._running or sequence.ready_at > now:
+                continue
+            if sequence.step() and sequence in self._running:
                 self._finish(sequence)
         if not self._running and not self._waiting:
             self._work.clear()

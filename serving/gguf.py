@@ -112,12 +112,17 @@ def _locked(lock: Path, file: Path, progress: Callable[[str], None]) -> Iterator
 def _write(file: Path, folder: Path, progress: Callable[[str], None]) -> None:
     progress(f"converting {file.name} ({_megabytes(file.stat().st_size)}), once; 1 of 4: loading libraries")
     import torch  # noqa: PLC0415 - takes seconds and memory, so only the process that converts has it
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig  # noqa: PLC0415 - the same
+    from transformers import (  # noqa: PLC0415 - the same
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        GgufConfig,
+        PreTrainedModel,
+    )
 
     progress(f"converting {file.name}; 2 of 4: reading the tokenizer")
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
 
-    def load(dtype: torch.dtype) -> torch.nn.Module:
+    def load(dtype: torch.dtype) -> PreTrainedModel:
         # The recipe that yields weights vLLM runs: without `dequantize` the result claims to be quantised.
         with contextlib.redirect_stderr(_BarsAsSentences(f"converting {file.name}; 3 of 4", progress)):
             return AutoModelForCausalLM.from_pretrained(

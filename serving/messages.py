@@ -120,7 +120,8 @@ class Refused(msgspec.Struct, frozen=True, array_like=True, tag=2):
 
 
 class Chunk(msgspec.Struct, frozen=True, array_like=True, tag=3, gc=False):
-    """Bytes for the client, passed on unread, and how many tokens they carry."""
+    """Bytes for the client, passed on unread, and how many tokens they carry. Without bytes it only says that
+    there are more tokens."""
 
     stream: int
     data: bytes

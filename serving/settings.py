@@ -26,11 +26,20 @@ class TrunkSettings(Settings):
         5.0, gt=0, le=600, description="Seconds that a connection and its handshake may take."
     )
 
+    @model_validator(mode="after")
+    def _beats_in_time(self) -> Self:
+        if self.silence_s < 2 * self.heartbeat_s:
+            raise ValueError("silence_s of at least twice heartbeat_s")
+        return self
+
 
 class EngineSettings(Settings):
     """One model's engine."""
 
     engine: Literal["vllm", "echo"] = Field("vllm", description="What makes the tokens.")
+    name: str | None = Field(
+        None, description="What vLLM's own metrics call the model; without one, they call it by its source."
+    )
     source: str | None = Field(
         None,
         min_length=1,

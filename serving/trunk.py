@@ -128,6 +128,7 @@ class Connection(asyncio.Protocol):
         self._reported: Load | None = None
         self._silent_beats = 0
         self._spoke = False
+        self._handshake: asyncio.TimerHandle | None = None
 
     def __repr__(self) -> str:
         return f"<trunk to {self.router}: {len(self.streams)} streams, {self._gathered} bytes gathered>"
@@ -138,15 +139,15 @@ class Connection(asyncio.Protocol):
         self.transport = cast("asyncio.Transport", transport)
         self._server.connected(self)
         self.send(messages.Challenge(messages.PROTOCOL, self._nonce))
-        self._loop.call_later(self._server.settings.connect_s, self._expect_welcomed)
+        self._handshake = self._loop.call_later(self._server.settings.connect_s, self.abort)
 
     def data_received(self, data: bytes) -> None:
         self._silent_beats = 0
         try:
             for frame in self._reader.feed(data):
                 self._receive(messages.decode_to_replica(frame))
-        except (ValueError, HandshakeFailed) as error:
-            # ValueError covers what does not decode and what is too long.
+        except (ValueError, RecursionError, HandshakeFailed) as error:
+            # ValueError covers what does not decode and what is too long, RecursionError what is too deep.
             log.warning("trunk refused", router=self.router, peer=self._peer(), error=str(error))
             self.abort()
 
@@ -158,6 +159,7 @@ class Connection(asyncio.Protocol):
         self._schedule_flush()
 
     def connection_lost(self, error: Exception | None) -> None:
+        self._end_handshake()
         for stream in list(self.streams.values()):
             stream.cancel()
         self._server.disconnected(self)
@@ -183,6 +185,7 @@ class Connection(asyncio.Protocol):
     def _welcome(self, hello: messages.Hello) -> None:
         server = self._server
         verify(server.secret, "router", hello.proof, hello.nonce, self._nonce)
+        self._end_handshake()
         self._welcomed = True
         self.router = hello.router
         self._reader.limit = messages.MAX_FRAME
@@ -222,7 +225,7 @@ class Connection(asyncio.Protocol):
     def gathered(self, size: int) -> None:
         """Count `size` bytes that wait for the next frame; a router that never reads is given up."""
         self._gathered += size
-        if self._gathered > GATHERED_LIMIT:
+        if self._paused and self._gathered > GATHERED_LIMIT:
             log.warning("trunk given up: the router does not read", router=self.router, bytes=self._gathered)
             self._events.clear()
             self.abort()
@@ -244,6 +247,8 @@ class Connection(asyncio.Protocol):
 
     def beat(self) -> None:
         """Once a heartbeat: notice silence, and break our own."""
+        for stream in self.streams.values():
+            stream.report_progress()
         self._silent_beats += 1
         settings = self._server.settings
         if self._silent_beats * settings.heartbeat_s > settings.silence_s:
@@ -279,9 +284,9 @@ class Connection(asyncio.Protocol):
         self._reported = load
         return load
 
-    def _expect_welcomed(self) -> None:
-        if not self._welcomed:
-            self.abort()
+    def _end_handshake(self) -> None:
+        if self._handshake is not None:
+            self._handshake.cancel()
 
     def _peer(self) -> Any:
         return self.transport.get_extra_info("peername")
@@ -290,7 +295,7 @@ class Connection(asyncio.Protocol):
 class ReplicaStream:
     """One request on one trunk: the outlet that `chat` writes to."""
 
-    __slots__ = ("_closed", "_connection", "_engine", "_request", "_starting", "_stream")
+    __slots__ = ("_closed", "_connection", "_engine", "_progressed", "_request", "_starting", "_stream")
 
     def __init__(self, connection: Connection, engine: Engine, submit: messages.Submit) -> None:
         self._connection = connection
@@ -298,6 +303,7 @@ class ReplicaStream:
         self._stream = submit.stream
         self._request = submit.request
         self._starting: asyncio.Task[None] | None = None
+        self._progressed = False
         self._closed = False
 
     def start(self) -> None:
@@ -322,7 +328,17 @@ class ReplicaStream:
             self._connection.emit(
                 Refused(self._stream, refusal.status, refusal.message, refusal.param, refusal.code)
             )
+            self._engine.cancel(self._request.id)
             self._close()
+
+    def progress(self) -> None:
+        self._progressed = True
+
+    def report_progress(self) -> None:
+        """Once a heartbeat: an empty chunk for what was made since and is not for the client yet."""
+        if self._progressed:
+            self._progressed = False
+            self._connection.emit(Chunk(self._stream, b"", 0))
 
     def chunk(self, data: bytes, tokens: int) -> None:
         if not self._closed:

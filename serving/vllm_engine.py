@@ -12,9 +12,8 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from collections.abc import Sequence
-from copy import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import structlog
 from vllm import envs
@@ -23,14 +22,15 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.exceptions import GracefulHTTPError, VLLMClientError, VLLMValidationError
 from vllm.outputs import PoolingRequestOutput, RequestOutput
 from vllm.platforms import current_platform
-from vllm.renderers import ChatParams
+from vllm.renderers import BaseRenderer, ChatParams
 from vllm.renderers.chat_utils import ChatTemplateResolutionError
-from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.tasks import SupportedTask
 from vllm.usage.usage_lib import UsageContext
+from vllm.utils.mistral import is_mistral_tokenizer
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
-from vllm.v1.engine.input_processor import InputProcessor
+from vllm.v1.engine.output_processor import RequestOutputCollector
 from vllm.v1.metrics.loggers import StatLoggerBase
 from vllm.v1.metrics.stats import IterationStats, MultiModalCacheStats, SchedulerStats
 
@@ -38,12 +38,20 @@ from serving.engine import EngineDead, FinishReason, Prompt, Refusal, Sink
 from serving.messages import Load, Message, Sampling
 from serving.settings import EngineSettings
 from serving.source import resolve
+from serving.vllm_requests import (
+    COUNTED_CONTEXTS,
+    choice_request,
+    conversation_message,
+    prompt_refusal,
+    sampling_params,
+    sampling_refusal,
+)
 
 log = structlog.get_logger(__name__)
 
 CPU_DEFAULTS = {
-    # bfloat16 was seen to give wrong text on some CPUs and to be no faster on others; compiling takes two
-    # minutes of start and gains nothing.
+    # bfloat16 was seen to give wrong text on one CPU and to be no faster on another; compiling takes two
+    # minutes of start.
     "dtype": "float32",
     "enforce_eager": True,
     # Left alone, vLLM takes a share of all memory.
@@ -51,22 +59,9 @@ CPU_DEFAULTS = {
 }
 """Engine arguments on a CPU where the configuration says nothing."""
 
-COUNTED_CONTEXTS = 4
-"""Prompts of up to this many context lengths are counted exactly before they are refused; a longer one is
-refused from its characters, so that nobody waits for its tokens to be counted."""
-
 CLOSE_TIMEOUT_S = 2.0
 """What the engine core gets to end by itself before it and its workers are killed. It has nothing to save."""
 
-LEAST_TEMPERATURE = 0.01
-"""vLLM raises a lower one to this, with a warning in its log for each request; so it is raised before."""
-
-INSTEAD_OF_MINUS_ONE = (1 << 62) | (1 << 31)
-"""vLLM reads the seed -1 as none. This one stands in: no request reaches both by counting up its choices,
-nor do they meet where an engine looks at the low 32 bits only."""
-
-_CHAT = ChatParams(chat_template_kwargs={"add_generation_prompt": True, "tokenize": False})
-_SAMPLING_FIELDS = frozenset(Sampling.__struct_fields__)
 _FINISH_REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length"}
 
 
@@ -81,39 +76,30 @@ class VllmEngine:
         self._aborts: set[asyncio.Task[None]] = set()
         self._llm: AsyncLLM | None = None
         self._outputs: asyncio.Task[Any]
-        self._tasks: Any = ()
+        self._renderer: ChatRenderer
+        self._tasks: tuple[SupportedTask, ...]
 
     async def start(self) -> None:
         config = await asyncio.to_thread(_configure, self._settings)
-        # Blocks until the model is loaded. It has to run on the loop that it will serve.
+        # Blocks until the model is loaded. It has to be made on the loop that it will run on.
         llm = self._llm = AsyncLLM.from_vllm_config(
             config,
             usage_context=UsageContext.OPENAI_API_SERVER,
-            stat_loggers=[self._gauge.logger],
-            # Of vLLM's own loggers this ends the one that writes text; Prometheus stays.
+            stat_loggers=[self._gauge.listener],
+            # Of vLLM's own listeners this ends the one that writes text; Prometheus stays.
             disable_log_stats=True,
         )
         assert llm.output_handler is not None  # noqa: S101 - vLLM starts it where a loop runs
         self._outputs = llm.output_handler
-        # vLLM asks for several settings per token, and each is a look into the environment until now.
+        # vLLM asks for several settings per token, and until now each is a look into the environment.
         envs.enable_envs_cache()
         self._tasks = await llm.get_supported_tasks()
         self.context_length = llm.model_config.max_model_len
-        await asyncio.to_thread(llm.renderer.warmup, _CHAT)
+        self._renderer = ChatRenderer(llm.renderer, self.context_length)
+        await asyncio.to_thread(self._renderer.warm_up)
 
     async def render(self, messages: Sequence[Message]) -> Prompt:
-        renderer = self._running.renderer
-        counted = dataclasses.replace(
-            renderer.default_chat_tok_params, max_total_tokens=COUNTED_CONTEXTS * self.context_length
-        )
-        conversation = [_conversation_message(message) for message in messages]
-        try:
-            _, (content,) = await renderer.render_chat_async([conversation], _CHAT, counted)
-        except VLLMValidationError as error:
-            raise _render_refusal(error, self.context_length) from error
-        except ChatTemplateResolutionError as error:
-            raise Refusal("model: it has no chat template, so it cannot chat", param="model") from error
-        return Prompt(len(content["prompt_token_ids"]), content)
+        return await self._renderer.render(messages)
 
     async def generate(self, request_id: str, prompt: Prompt, sampling: Sampling, sink: Sink) -> None:
         llm = self._running
@@ -125,7 +111,8 @@ class VllmEngine:
         try:
             for index, request in enumerate(requests):
                 # vLLM asks nothing of a queue but `put`.
-                llm.output_processor.add_request(request, None, None, index, Choice(stream, index))  # type: ignore[arg-type]
+                queue = cast("RequestOutputCollector", Choice(stream, index))
+                llm.output_processor.add_request(request, None, None, index, queue)
             for request in requests:
                 # A choice sent after the abort of its siblings would run to its end unheard.
                 if not stream.closed:
@@ -164,24 +151,25 @@ class VllmEngine:
         await asyncio.gather(*self._aborts)
         llm, self._llm = self._llm, None
         if llm is not None:
-            # First, or it reports the engine core's end as a failure.
-            self._outputs.cancel()
+            if llm.output_handler is not None:
+                # First, or it reports the engine core's end as a failure.
+                llm.output_handler.cancel()
             await asyncio.to_thread(llm.shutdown, CLOSE_TIMEOUT_S)
 
     @property
     def _running(self) -> AsyncLLM:
         if self._llm is None:
-            raise RuntimeError("the engine was not started")
+            raise EngineDead("the engine is not running")
         return self._llm
 
     async def _abort(self, request_id: str) -> None:
         try:
             await self._running.abort(request_id)
-        except EngineDeadError:
-            log.info("nothing to abort in a dead engine", completion=request_id)
+        except (EngineDead, EngineDeadError):
+            log.info("the engine is dead, and so is its request", completion=request_id)
 
     def _choices(self, request_id: str, prompt: Prompt, sampling: Sampling) -> list[EngineCoreRequest]:
-        """One engine request for each choice. vLLM's own fan-out refuses temperature 0, and its seeds do
+        """One engine request for each choice; vLLM's own fan-out refuses temperature 0, and its seeds do
         not wrap. Raises Refusal.
         """
         if request_id in self._streams:
@@ -195,13 +183,13 @@ class VllmEngine:
         try:
             llm.check_admission(sampling.n, request_id)
             request = llm.input_processor.process_inputs(
-                request_id, prompt.content, _sampling_params(sampling), supported_tasks=self._tasks
+                request_id, prompt.content, sampling_params(sampling), supported_tasks=self._tasks
             )
         except VLLMClientError as error:
-            raise _refusal(error) from error
+            raise sampling_refusal(error) from error
         except GracefulHTTPError as error:
             raise Refusal(error.message, status=error.http_status) from error
-        return [_choice_request(request, sampling, choice) for choice in range(sampling.n)]
+        return [choice_request(request, sampling, choice) for choice in range(sampling.n)]
 
 
 class Stream:
@@ -227,15 +215,14 @@ class Stream:
         reason = completion.finish_reason
         if reason is None:
             self._sink.put(choice, completion.text, len(completion.token_ids), None)
-            return
-        if reason not in _FINISH_REASONS:
+        elif reason in _FINISH_REASONS:
+            self._sink.put(choice, completion.text, len(completion.token_ids), _FINISH_REASONS[reason])
+            self._unfinished -= 1
+            if not self._unfinished:
+                self.closed = True
+                self._engine.finished(self._request_id)
+        else:
             self.fail(RuntimeError(f"the engine ended a choice with {reason!r}"))
-            return
-        self._sink.put(choice, completion.text, len(completion.token_ids), _FINISH_REASONS[reason])
-        self._unfinished -= 1
-        if not self._unfinished:
-            self.closed = True
-            self._engine.finished(self._request_id)
 
     def fail(self, error: Exception) -> None:
         """Give up on all choices and tell the sink, once."""
@@ -267,6 +254,39 @@ class Choice:
             self._stream.fail(error)
 
 
+class ChatRenderer:
+    """Messages to prompt tokens, under the model's chat template and off the event loop."""
+
+    def __init__(self, renderer: BaseRenderer[Any], context_length: int) -> None:
+        self._renderer = renderer
+        self._context_length = context_length
+        # A template gives text, which is then tokenized; Mistral's tokenizers give tokens at once.
+        tokenize = is_mistral_tokenizer(renderer.tokenizer)
+        self._template = ChatParams(
+            chat_template_kwargs={"add_generation_prompt": True, "tokenize": tokenize}
+        )
+        self._counting = dataclasses.replace(
+            renderer.default_chat_tok_params, max_total_tokens=COUNTED_CONTEXTS * context_length
+        )
+
+    def warm_up(self) -> None:
+        """Compile the template, so that the first request does not wait for it."""
+        self._renderer.warmup(self._template)
+
+    async def render(self, messages: Sequence[Message]) -> Prompt:
+        """Raises Refusal: the template's, or one for a prompt far longer than the context."""
+        conversation: Any = [conversation_message(message) for message in messages]
+        try:
+            _, (content,) = await self._renderer.render_chat_async(
+                [conversation], self._template, self._counting
+            )
+        except VLLMValidationError as error:
+            raise prompt_refusal(error, self._context_length) from error
+        except ChatTemplateResolutionError as error:
+            raise Refusal("model: it has no chat template, so it cannot chat", param="model") from error
+        return Prompt(len(content["prompt_token_ids"]), content)
+
+
 class LoadGauge:
     """The load after the last step, as the schedulers of all data-parallel ranks report it."""
 
@@ -274,8 +294,8 @@ class LoadGauge:
         self.load = Load()
         self._ranks: dict[int, SchedulerStats] = {}
 
-    def logger(self, config: VllmConfig, rank: int) -> StatLoggerBase:
-        """What vLLM makes its statistics' listeners by, one for each rank."""
+    def listener(self, config: VllmConfig, rank: int) -> StatLoggerBase:
+        """What vLLM calls to make the listener to one rank's statistics."""
         return _SchedulerListener(config, rank, self)
 
     def record(self, rank: int, stats: SchedulerStats) -> None:
@@ -308,75 +328,17 @@ class _SchedulerListener(StatLoggerBase):
         """Nothing to tell: `start` returns."""
 
 
+def engine_arguments(folder: Path, settings: EngineSettings) -> AsyncEngineArgs:
+    """The configuration's arguments, with this platform's defaults below them and Trunkline's own above."""
+    defaults: dict[str, Any] = CPU_DEFAULTS if current_platform.is_cpu() else {}
+    ours = {
+        "model": str(folder),
+        "served_model_name": settings.name or settings.source,
+        "generation_config": "vllm",
+    }
+    return AsyncEngineArgs(**defaults | settings.engine_args | ours)
+
+
 def _configure(settings: EngineSettings) -> VllmConfig:
     folder = resolve(settings.source or "", log.info)
     return engine_arguments(folder, settings).create_engine_config(UsageContext.OPENAI_API_SERVER)
-
-
-def engine_arguments(folder: Path, settings: EngineSettings) -> AsyncEngineArgs:
-    """The configuration's arguments, with this platform's defaults below them and Trunkline's own above."""
-    defaults = CPU_DEFAULTS if current_platform.is_cpu() else {}
-    arguments: dict[str, Any] = {
-        **defaults,
-        **settings.engine_args,
-        "model": str(folder),
-        "generation_config": "vllm",
-    }
-    return AsyncEngineArgs(**arguments)
-
-
-def _conversation_message(message: Message) -> Any:
-    said = {"role": message.role, "content": message.content}
-    return said if message.name is None else said | {"name": message.name}
-
-
-def _sampling_params(sampling: Sampling) -> SamplingParams:
-    """The same for vLLM, but for the seed, which differs from choice to choice."""
-    greedy_nucleus = sampling.top_p == 0
-    temperature = sampling.temperature
-    return SamplingParams(
-        max_tokens=sampling.max_tokens,
-        temperature=max(temperature, LEAST_TEMPERATURE) if temperature else 0.0,
-        # vLLM has no top_p of 0; what it would leave is the likeliest token alone.
-        top_p=1.0 if greedy_nucleus else sampling.top_p,
-        top_k=1 if greedy_nucleus else sampling.top_k,
-        min_p=sampling.min_p,
-        frequency_penalty=sampling.frequency_penalty,
-        presence_penalty=sampling.presence_penalty,
-        logit_bias=sampling.logit_bias or None,
-        stop=list(sampling.stop),
-        stop_token_ids=list(sampling.stop_token_ids),
-        min_tokens=sampling.min_tokens,
-        ignore_eos=sampling.ignore_eos,
-        output_kind=RequestOutputKind.DELTA,
-        skip_clone=True,  # nobody else holds it
-    )
-
-
-def _choice_request(request: EngineCoreRequest, sampling: Sampling, choice: int) -> EngineCoreRequest:
-    seed = sampling.choice_seed(choice)
-    params = copy(request.sampling_params)
-    assert params is not None  # noqa: S101 - it was made from sampling parameters
-    params.seed = INSTEAD_OF_MINUS_ONE if seed == -1 else seed
-    child = copy(request)
-    child.sampling_params = params
-    InputProcessor.assign_request_id(child)
-    return child
-
-
-def _refusal(error: VLLMClientError) -> Refusal:
-    message = str(error.args[0])
-    first_word = message.partition(" ")[0]
-    param = getattr(error, "parameter", None) or (first_word if first_word in _SAMPLING_FIELDS else None)
-    return Refusal(message, param=param)
-
-
-def _render_refusal(error: VLLMValidationError, context_length: int) -> Refusal:
-    if error.parameter not in {"input_text", "input_tokens"}:
-        return Refusal(f"messages: the model's chat template refuses them: {error.args[0]}", param="messages")
-    return Refusal(
-        f"messages: the prompt has more than {COUNTED_CONTEXTS * context_length} tokens, and with at least"
-        f" one token of answer it must fit the model's context of {context_length} tokens",
-        param="messages",
-        code="context_length_exceeded",
-    )

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ from time import perf_counter
 import psutil
 import pytest
 import pytest_asyncio
-from prometheus_client import generate_latest
+from prometheus_client import REGISTRY
 
 from serving.engine import Engine, EngineDead, FinishReason, Refusal
 from serving.engines import build_engine
@@ -120,15 +121,15 @@ async def gone(processes: list[psutil.Process]) -> None:
     await until(lambda: not psutil.wait_procs(processes, timeout=0)[1], 20)
 
 
-def engine_processes(*, direct: bool = False) -> list[psutil.Process]:
-    """This process's children, and theirs unless only direct ones are asked for, without Python's own."""
-    children = psutil.Process().children(recursive=not direct)
+def engine_processes() -> list[psutil.Process]:
+    """This process's children, the oldest first, and theirs, without Python's own."""
+    children = psutil.Process().children(recursive=True)
     return [child for child in children if "resource_tracker" not in " ".join(child.cmdline())]
 
 
 async def started(source: str) -> Engine:
     """A vLLM engine that has loaded its model."""
-    engine = build_engine(EngineSettings(engine="vllm", source=source, engine_args=ARGUMENTS))
+    engine = build_engine(EngineSettings(name="smollm2", source=source, engine_args=ARGUMENTS))
     await engine.start()
     return engine
 
@@ -361,13 +362,12 @@ async def test_template_that_refuses(engine: Engine) -> None:
 
 
 async def test_vllm_metrics_stay_on(engine: Engine) -> None:
-    """The counters that vLLM keeps are in the process's Prometheus registry and count every token."""
+    """The counters that vLLM keeps are in the process's Prometheus registry, under the model's name, and
+    count every token."""
 
     def counted() -> float:
-        samples = [line.rsplit(" ", 1) for line in generate_latest().decode().splitlines()]
-        return sum(
-            float(value) for name, value in samples if name.startswith("vllm:generation_tokens_total{")
-        )
+        labels = {"engine": "0", "model_name": "smollm2"}
+        return REGISTRY.get_sample_value("vllm:generation_tokens_total", labels) or 0.0
 
     before = counted()
     sink = await answer(engine, "Count from one to twenty.", greedy(9))
@@ -378,8 +378,9 @@ async def test_vllm_metrics_stay_on(engine: Engine) -> None:
 async def test_death_of_the_engine_core_is_noticed(folder: Path) -> None:
     """When the engine core is killed, the engine says that it has died, each request in flight fails once,
     new ones are not taken, and no process is left after `close`."""
+    others = engine_processes()
     mortal = await started(str(folder))
-    processes = engine_processes()
+    processes = [process for process in engine_processes() if process not in others]
     dying = asyncio.create_task(mortal.died())
     prompt = await mortal.render([Message("user", PARIS)])
     sink = Recorder()
@@ -387,7 +388,7 @@ async def test_death_of_the_engine_core_is_noticed(folder: Path) -> None:
     await sink.until(lambda sink: len(sink.pieces) == 2)
     assert not dying.done()
 
-    (core,) = engine_processes(direct=True)
+    (core,) = [process for process in processes if process.ppid() == os.getpid()]
     core.kill()
     async with asyncio.timeout(10):
         assert isinstance(await dying, EngineDead)

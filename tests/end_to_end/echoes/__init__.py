@@ -1,0 +1,5 @@
+ECHO = "Org/Echo-7B:free"
+QUICK = "Quick"
+ALIAS = "team/Alias:v1"
+PAIR = "pair"
+LONE = "lone"

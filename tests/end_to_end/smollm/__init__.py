@@ -1,0 +1,6 @@
+SMOLLM = "smollm2-135m-instruct"
+ECHO = "echo"
+PARIS = "What is the capital of France?"
+
+QUEUE_S = 5.0
+"""How long a request waits for a replica in these tests."""
