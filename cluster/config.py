@@ -19,6 +19,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, Validati
 
 from cluster import strict_yaml
 from cluster.faults import ConfigError, Fault, fault, field_at, nearest, shown
+from cluster.table import table
 from router.settings import (
     HostedModel,
     Limits,
@@ -129,7 +130,9 @@ class ModelConfig(Settings):
     @property
     def engine_settings(self) -> EngineSettings:
         """What the model's replicas are told."""
-        return EngineSettings(engine=self.engine, source=self.source, engine_args=self.engine_args)
+        return EngineSettings(
+            engine=self.engine, name=self.name, source=self.source, engine_args=self.engine_args
+        )
 
     @property
     def application(self) -> str:
@@ -221,10 +224,7 @@ def describe(config: Config) -> str:
         gpus = "auto" if model.gpus is None and model.engine == "vllm" else str(model.gpus or 0)
         names = ", ".join((model.name, *model.aliases))
         rows.append((names, model.engine, model.source or "-", str(model.replicas), gpus))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
+    return table(rows)
 
 
 def _anchor_sources(data: dict[Any, Any], folder: Path) -> None:

@@ -6,9 +6,10 @@ import json
 import urllib.error
 import urllib.request
 from collections import defaultdict
-from collections.abc import Sequence
 
 from prometheus_client.parser import text_string_to_metric_families
+
+from cluster.table import table
 
 ANSWER_S = 10.0
 """Seconds that the server gets to answer."""
@@ -74,11 +75,3 @@ def samples(exposition: str) -> dict[tuple[str, str], float]:
         for sample in family.samples:
             sums[sample.name, sample.labels.get("model", "")] += sample.value
     return sums
-
-
-def table(rows: Sequence[tuple[str, ...]]) -> str:
-    """Rows as columns of text."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )

@@ -99,6 +99,7 @@ def curl_line(config: Config) -> str:
     """A command that gets an answer from the first model."""
     body = {
         "model": config.models[0].name,
+        "temperature": 0,
         "messages": [{"role": "user", "content": "What is the capital of France?"}],
     }
     return (

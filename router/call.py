@@ -164,7 +164,7 @@ class Call:
         """Count the request and write its line in the log. To be called once, at the end."""
         now = time.perf_counter()
         if self._outcome == "cancelled":
-            self._status = 499
+            self._status = 499  # whatever its client was sent before it left
         if self._metrics is not None:
             self._metrics.finished(self._outcome, self._status, now)
         else:

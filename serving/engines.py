@@ -1,12 +1,9 @@
-"""From settings to an engine, and what is wrong with settings. Imports vLLM only to build a vLLM engine."""
+"""From settings to an engine. Imports vLLM only to build a vLLM engine."""
 
 from __future__ import annotations
 
 import os
 
-from pydantic import ValidationError
-
-from serving import source, vllm_arguments
 from serving.echo import EchoArguments, EchoEngine
 from serving.engine import Engine
 from serving.settings import EngineSettings
@@ -28,30 +25,3 @@ def build_engine(settings: EngineSettings) -> Engine:
     from serving.vllm_engine import VllmEngine  # noqa: PLC0415 - slow, large, and after the environment is set
 
     return VllmEngine(settings)
-
-
-def refusals(settings: EngineSettings) -> list[str]:
-    """What would keep this engine from starting, as far as can be told without loading anything."""
-    if settings.engine == "echo":
-        return _echo_refusals(settings)
-    found = []
-    try:
-        found += vllm_arguments.refusals(settings.engine_args)
-    except vllm_arguments.VllmMissing as error:
-        found.append(f"engine: {error}")
-    try:
-        source.check(settings.source or "")
-    except source.SourceError as error:
-        found.append(str(error))
-    return found
-
-
-def _echo_refusals(settings: EngineSettings) -> list[str]:
-    try:
-        EchoArguments.model_validate(settings.engine_args)
-    except ValidationError as error:
-        return [
-            f"engine_args.{'.'.join(map(str, problem['loc']))}: {problem['msg']}, got {problem['input']!r}"
-            for problem in error.errors()
-        ]
-    return []

@@ -8,6 +8,7 @@ comes next on the node ends the marked processes whose replica is gone.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -19,6 +20,8 @@ VARIABLE = "TRUNKLINE_REPLICA"
 
 PATIENCE_S = 10.0
 """Seconds within which a killed process must be gone; one that is not hangs in the kernel."""
+
+_MARK = re.compile(rb"[0-9]+:[0-9]+")
 
 
 def mark() -> None:
@@ -68,13 +71,13 @@ def _marked() -> Iterator[tuple[int, str]]:
             # Another user's, or gone already.
             continue
         for variable in variables:
-            if variable.startswith(prefix):
-                yield int(folder.name), variable.removeprefix(prefix).decode()
+            if variable.startswith(prefix) and _MARK.fullmatch(mark := variable.removeprefix(prefix)):
+                yield int(folder.name), mark.decode()
 
 
 def _lives(replica: str) -> bool:
     pid, _, started = replica.partition(":")
-    return pid.isdigit() and started != "" and _started(int(pid)) == started
+    return _started(int(pid)) == started
 
 
 def _started(pid: int) -> str:

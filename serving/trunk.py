@@ -125,6 +125,7 @@ class Connection(asyncio.Protocol):
         self._gathered = 0
         self._flush_scheduled = False
         self._paused = False
+        self._finished = False
         self._reported: Load | None = None
         self._silent_beats = 0
         self._spoke = False
@@ -142,6 +143,8 @@ class Connection(asyncio.Protocol):
         self._handshake = self._loop.call_later(self._server.settings.connect_s, self.abort)
 
     def data_received(self, data: bytes) -> None:
+        if self._finished:
+            return
         self._silent_beats = 0
         try:
             for frame in self._reader.feed(data):
@@ -236,10 +239,18 @@ class Connection(asyncio.Protocol):
         self._server.count_streams(-1)
 
     def finish(self) -> None:
-        """Write what has gathered and close once the router has read it."""
-        self._paused = False
-        self._flush()
-        self.transport.close()
+        """Write what has gathered and close once the router has read it.
+
+        Our direction is closed and the other one read until the router closes it: a socket that is closed
+        with a ping unread drops what is still on its way to the router.
+        """
+        if not self._welcomed:
+            self.abort()
+        elif not self._finished:
+            self._paused = False
+            self._flush()
+            self._finished = True
+            self.transport.write_eof()
 
     def abort(self) -> None:
         """Drop the connection without waiting for the router."""
@@ -264,7 +275,7 @@ class Connection(asyncio.Protocol):
 
     def _flush(self) -> None:
         self._flush_scheduled = False
-        if self._paused or not self._events or self.transport.is_closing():
+        if self._paused or self._finished or not self._events or self.transport.is_closing():
             return
         events, self._events = self._events, []
         size, self._gathered = self._gathered, 0

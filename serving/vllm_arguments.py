@@ -9,7 +9,6 @@ from __future__ import annotations
 import ast
 import functools
 from collections.abc import Iterable
-from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -27,24 +26,6 @@ RESERVED = {
 
 class VllmMissing(Exception):
     """vLLM is not installed here, so its arguments are not known."""
-
-
-def refusals(names: Iterable[str]) -> list[str]:
-    """What is wrong with these argument names, one sentence for each bad one.
-
-    Raises VllmMissing.
-    """
-    return [refusal for name in names if (refusal := _refusal(name)) is not None]
-
-
-def _refusal(name: str) -> str | None:
-    if name in RESERVED:
-        return f"engine_args.{name}: cannot be set; {RESERVED[name]}"
-    if name in known():
-        return None
-    nearest = get_close_matches(name.replace("-", "_").lower(), known() - RESERVED.keys(), n=3, cutoff=0.6)
-    hint = f"; the nearest are {', '.join(nearest)}" if nearest else ""
-    return f"engine_args.{name}: vLLM has no such argument{hint}"
 
 
 @functools.cache

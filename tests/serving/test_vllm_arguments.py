@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from serving.vllm_arguments import RESERVED, VllmMissing, known, refusals
+from serving.vllm_arguments import RESERVED, VllmMissing, known
 
 
 @pytest.mark.filterwarnings("default")  # what vLLM imports warns of deprecations
@@ -28,32 +28,9 @@ def test_names_are_known_without_vllm_being_loaded() -> None:
     assert run.stdout.strip() == "[]"
 
 
-def test_good_names_pass() -> None:
-    """Names of vLLM's own are not refused."""
-    assert refusals(["max_model_len", "tensor_parallel_size", "tokenizer"]) == []
-
-
-@pytest.mark.parametrize(
-    ("name", "nearest"),
-    [("max_model_length", "max_model_len"), ("max-num-seqs", "max_num_seqs"), ("Dtype", "dtype")],
-)
-def test_unknown_name_is_refused_with_the_nearest(name: str, nearest: str) -> None:
-    """A misspelt name is refused, and the refusal names what was probably meant."""
-    (refusal,) = refusals(["dtype", name])
-    assert refusal.startswith(f"engine_args.{name}: ")
-    assert nearest in refusal
-
-
-def test_name_like_no_other_is_refused_without_a_guess() -> None:
-    """Where nothing is near, nothing is suggested."""
-    assert refusals(["qqqqqq"]) == ["engine_args.qqqqqq: vLLM has no such argument"]
-
-
-@pytest.mark.parametrize("name", sorted(RESERVED))
-def test_reserved_name_is_refused_with_the_reason(name: str) -> None:
-    """What Trunkline sets itself exists in vLLM and cannot be configured, and the refusal says why."""
-    assert name in known()
-    assert refusals([name]) == [f"engine_args.{name}: cannot be set; {RESERVED[name]}"]
+def test_reserved_names_exist() -> None:
+    """What Trunkline sets itself are arguments that vLLM has."""
+    assert RESERVED.keys() <= known()
 
 
 def test_missing_vllm_is_said_plainly(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,4 +38,4 @@ def test_missing_vllm_is_said_plainly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "vllm", None)
     known.cache_clear()
     with pytest.raises(VllmMissing, match=r"not installed.*`cpu` or `gpu`"):
-        refusals(["dtype"])
+        known()
