@@ -72,12 +72,14 @@ class Client:
         self._target = target
         self._connection: _Connection | None = None
 
-    async def ask(self, request: bytes, *, stream: bool, limit: float) -> Answer:
+    async def ask(self, request: bytes, *, stream: bool, limit: float, into: Answer | None = None) -> Answer:
         """Send `request` (a whole HTTP request) and read its answer, in `limit` seconds at most.
 
         Raises nothing: what goes wrong is the answer's `failure`. The time to connect, where needed, counts.
+        Who wants to see the answer grow passes one in as `into`. Cancelled in mid-answer, it closes the
+        connection at once: the server sees the client leave.
         """
-        answer = Answer(perf_counter())
+        answer = into or Answer(perf_counter())
         reader = StreamReader(answer) if stream else WholeReader(answer)
         try:
             async with asyncio.timeout(limit):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain, pairwise
+from itertools import accumulate, chain, pairwise
 from statistics import fmean
 
 from benchmarks.answer import Answer
@@ -42,6 +42,7 @@ def figures(answers: Sequence[Answer], duration: float) -> dict[str, Figure]:
         "request_throughput": len(good) / duration,
         "output_throughput": tokens_out / duration,
         "total_token_throughput": (tokens_in + tokens_out) / duration,
+        "max_streaming": _most_at_once(good),
     }
     streamed = [answer for answer in good if answer.chunks]
     return (
@@ -51,6 +52,13 @@ def figures(answers: Sequence[Answer], duration: float) -> dict[str, Figure]:
         | _spread("itl", chain.from_iterable(map(_gaps, streamed)))
         | _spread("e2el", (answer.ended - answer.started for answer in good))
     )
+
+
+def _most_at_once(answers: Iterable[Answer]) -> int:
+    """The most answers that were between their first text and their end at one moment."""
+    starts_and_ends = [(answer.chunks[0], answer.ended) for answer in answers if answer.chunks]
+    changes = sorted(chain.from_iterable(((start, 1), (end, -1)) for start, end in starts_and_ends))
+    return max(accumulate(change for _, change in changes), default=0)
 
 
 def _time_per_output_token(answer: Answer) -> Iterable[float]:

@@ -1,4 +1,4 @@
-"""CPU time and memory of the servers that are measured, from /proc (Linux).
+"""Servers that are measured, as /proc shows them (Linux): which processes, their CPU time and memory.
 
 CPU seconds have the clock tick's resolution, normally 10 ms, so a run should last some seconds.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ _TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 _PROC = Path("/proc")
 _LISTENING = "0A"
+_DEAD = {"Z", "X"}
 _NAME_LENGTH = 60
 _folders = re.compile(r"[^ =]*/")
 
@@ -29,11 +31,21 @@ class Process:
 
     pid: int
     parent: int
+    session: int
+    """The id of its session's leader: its children inherit it, and keep it when they are orphaned."""
+    dead: bool
+    """It has ended, and its parent has not asked for it yet."""
     born: int
     """Clock ticks since boot: with the id it names one process, ids being used again."""
     name: str
     cpu_seconds: float
     rss_bytes: int
+
+    @property
+    def began(self) -> float:
+        """When it began, in seconds of `time.perf_counter()`, to within a clock tick."""
+        booted = time.perf_counter() - time.clock_gettime(time.CLOCK_BOOTTIME)
+        return booted + self.born / _TICKS_PER_SECOND
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +88,34 @@ class Watch:
         return sorted(lines, key=lambda line: -(line.cpu_seconds or 0.0))
 
 
+def session(leader: int) -> list[Process]:
+    """The living processes of a session, those among them whose parent has ended."""
+    return [process for process in _alive().values() if process.session == leader and not process.dead]
+
+
+def descendants(root: int) -> list[Process]:
+    """The living processes that a process has started, and those that they have."""
+    return [
+        process for process in _tree([root], _alive()).values() if process.pid != root and not process.dead
+    ]
+
+
+def lives(process: Process) -> bool:
+    """Whether this very process still runs."""
+    now = read(process.pid)
+    return now is not None and now.born == process.born and not now.dead
+
+
+def resident(pid: int) -> int:
+    """Its resident memory in bytes. Raises NoProcess."""
+    process = read(pid)
+    if process is None:
+        raise NoProcess(f"there is no process with the id {pid}")
+    return process.rss_bytes
+
+
 def _alive() -> dict[int, Process]:
-    return {process.pid: process for process in map(_read, _pids()) if process is not None}
+    return {process.pid: process for process in map(read, _pids()) if process is not None}
 
 
 def _tree(roots: Iterable[int], alive: Mapping[int, Process]) -> dict[int, Process]:
@@ -107,8 +145,8 @@ def _pids() -> list[int]:
     return [int(entry.name) for entry in _PROC.iterdir() if entry.name.isdigit()]
 
 
-def _read(pid: int) -> Process | None:
-    """None if it has ended meanwhile."""
+def read(pid: int) -> Process | None:
+    """A process as it is now; None if there is none with that id."""
     folder = _PROC / str(pid)
     try:
         stat = (folder / "stat").read_text(errors="replace")
@@ -121,6 +159,8 @@ def _read(pid: int) -> Process | None:
     return Process(
         pid=pid,
         parent=int(fields[1]),
+        session=int(fields[3]),
+        dead=fields[0] in _DEAD,
         born=int(fields[19]),
         name=_name(command) or stat[opening + 1 : closing],
         cpu_seconds=(int(fields[11]) + int(fields[12])) / _TICKS_PER_SECOND,

@@ -1,6 +1,7 @@
 """What a run leaves behind: a JSON file that says how it came about, and the same as a table.
 
-The figures stand at the top level of the JSON under the names that `vllm bench serve` gives them.
+The load generator's figures stand at the top level of the JSON under the names that `vllm bench serve` gives
+them.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import os
 import platform
 import re
 import subprocess
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -64,8 +66,8 @@ class Machine:
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
-    """One run: how it came about and what it showed."""
+class Record(ABC):
+    """How a run came about; what it showed is a subclass's to say."""
 
     name: str
     started: datetime
@@ -74,6 +76,41 @@ class Result:
     commit: Commit
     machine: Machine
     workload: Mapping[str, object]
+
+    @abstractmethod
+    def shown(self) -> Mapping[str, object]:
+        """What the run showed, for the top level of the JSON."""
+
+    @abstractmethod
+    def table(self) -> str:
+        """The same in lines to be read."""
+
+    def as_json(self) -> str:
+        """The whole record."""
+        fields = {
+            "name": self.name,
+            "started": self.started.isoformat(timespec="seconds"),
+            "command": self.command,
+            "commit": asdict(self.commit),
+            "machine": asdict(self.machine),
+            "workload": dict(self.workload),
+            **self.shown(),
+        }
+        return json.dumps(fields, indent=2) + "\n"
+
+    def write(self, folder: Path) -> Path:
+        """Write `<date and time>-<name>.json` in a folder that exists, never over another. Returns it."""
+        name = re.sub(r"[^A-Za-z0-9._-]+", "-", self.name)
+        path = folder / f"{self.started:%Y-%m-%d-%H%M%S}-{name}.json"
+        with path.open("x") as file:
+            file.write(self.as_json())
+        return path
+
+
+@dataclass(frozen=True, slots=True)
+class Result(Record):
+    """One run of the load generator."""
+
     figures: Mapping[str, Figure]
     failures: Mapping[str, FailureCount]
     generator: GeneratorCost
@@ -86,33 +123,16 @@ class Result:
         spent = sum(process.cpu_seconds or 0.0 for process in self.processes)
         return spent / tokens * 1e6 if tokens and self.processes else None
 
-    def as_json(self) -> str:
-        """The whole result, the figures at its top level."""
-        fields = {
-            "name": self.name,
-            "started": self.started.isoformat(timespec="seconds"),
-            "command": self.command,
-            "commit": asdict(self.commit),
-            "machine": asdict(self.machine),
-            "workload": dict(self.workload),
+    def shown(self) -> Mapping[str, object]:
+        return {
             **self.figures,
             "failures": {kind: asdict(failure) for kind, failure in self.failures.items()},
             "generator": asdict(self.generator),
             "server_cpu_us_per_token": self.server_cpu_us_per_token,
             "processes": [asdict(process) for process in self.processes],
         }
-        return json.dumps(fields, indent=2) + "\n"
-
-    def write(self, folder: Path) -> Path:
-        """Write `<date and time>-<name>.json` in a folder that exists, never over another. Returns it."""
-        name = re.sub(r"[^A-Za-z0-9._-]+", "-", self.name)
-        path = folder / f"{self.started:%Y-%m-%d-%H%M%S}-{name}.json"
-        with path.open("x") as file:
-            file.write(self.as_json())
-        return path
 
     def table(self) -> str:
-        """The result in lines to be read."""
         lines = [*self._head(), *self._latencies(), *self._failures(), *self._generator(), *self._processes()]
         return "\n".join(lines)
 

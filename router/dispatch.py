@@ -16,6 +16,10 @@ KV_PRESSURE = 6.0
 data-parallel engines by the same rule."""
 
 
+SPREAD = 0x9E37_79B1
+"""An odd number without a pattern: 2**32 over the golden ratio."""
+
+
 class Candidate(Protocol):
     """A replica as far as the choice needs to know it."""
 
@@ -50,4 +54,11 @@ def pick(candidates: Collection[C], request: Chat) -> C | None:
     if len(equals) == 1:
         return equals[0]
     prefix = crc32(request.messages[0].content[:PREFIX_CHARACTERS].encode())
-    return max(equals, key=lambda candidate: crc32(candidate.replica.encode(), prefix))
+    return max(equals, key=lambda candidate: _affinity(prefix, candidate.replica))
+
+
+def _affinity(prefix: int, replica: str) -> int:
+    """How much a replica is the one for a prefix, the same in every router: 32 bits that look random."""
+    # Two checksums differ by the same bits whatever the prefix: compared as they are, one replica of four
+    # could get half of all conversations.
+    return crc32(replica.encode(), prefix) * SPREAD & 0xFFFF_FFFF

@@ -1,10 +1,11 @@
-"""A whole data plane in one process, on one event loop: a router's application behind uvicorn, and replicas of
-real engines behind real trunks.
+"""A whole data plane in one process, on one event loop: a router's application behind uvicorn, and replicas
+of real engines behind real trunks.
 """
 
 from __future__ import annotations
 
 import asyncio
+import gc
 import socket
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -21,6 +22,7 @@ from uvicorn.server import ServerState
 from router.app import Application
 from router.catalog import Model
 from router.settings import HostedModel, Limits, ModelLimits, ModelTimeouts, RouterSettings, Timeouts
+from router.trunk import TrunkOptions
 from serving.echo import EchoArguments, EchoEngine
 from serving.engine import Engine, EngineDead, FinishReason, Prompt, Sink
 from serving.exposition import merge, render
@@ -28,12 +30,22 @@ from serving.messages import Load, Message, Sampling
 from serving.metrics import Counter, TrunkTraffic
 from serving.settings import TrunkSettings
 from serving.trunk import TrunkServer
-from tests.peers import SECRET
+from tests.peers import SECRET, BareRouter, dial, introduce
 from tests.waiting import PATIENCE_S, soon, until
 from tests.wire import Answer, Wire
 
 QUICK = TrunkSettings(heartbeat_s=0.05, silence_s=2.0, connect_s=5.0)
 """Time-outs are looked after once a heartbeat, so a short one makes them exact."""
+
+OPTIONS = TrunkOptions(
+    router="router-0",
+    secret=SECRET,
+    settings=QUICK,
+    timeouts=ModelTimeouts(),
+    stream_buffer_bytes=1024,
+    traffic=TrunkTraffic(Counter(), Counter()),
+)
+"""A router's end of a trunk, where there is no router."""
 
 
 # ---- engines and replicas -----------------------------------------------------------------------------
@@ -58,25 +70,43 @@ class HandEngine:
         self.requests: dict[str, HandRequest] = {}
         self.seen = 0
         """Requests that were ever given to it."""
+        self.refusal: Exception | None = None
+        """What every request is answered with, where there is one."""
+        self.rendering = asyncio.Event()
+        """Cleared, it holds up whoever renders a prompt."""
+        self.rendering.set()
         self._dead: asyncio.Future[EngineDead] | None = None
 
     async def start(self) -> None:
         self._dead = asyncio.get_running_loop().create_future()
 
     async def render(self, messages: Sequence[Message]) -> Prompt:
+        await self.rendering.wait()
         return Prompt(sum(len(message.content.split()) for message in messages), None)
 
     async def generate(self, request_id: str, prompt: Prompt, sampling: Sampling, sink: Sink) -> None:
+        if self.refusal is not None:
+            raise self.refusal
         sink.accepted()
         self.seen += 1
         self.requests[request_id] = HandRequest(request_id, prompt, sampling, sink)
 
     def say(self, text: str, finish_reason: FinishReason | None = None) -> None:
-        """One step: one token of this text for the first choice of every request."""
+        """One step: one token of this text for every choice of every request."""
         for request in list(self.requests.values()):
-            request.sink.put(0, text, 1, finish_reason)
-            if finish_reason is not None:
-                self.requests.pop(request.id, None)
+            self.give(request, text, finish_reason)
+
+    def give(self, request: HandRequest, text: str, finish_reason: FinishReason | None = None) -> None:
+        """One token of this text for every choice of one request."""
+        for choice in range(request.sampling.n):
+            request.sink.put(choice, text, 1, finish_reason)
+        if finish_reason is not None:
+            self.requests.pop(request.id, None)
+
+    def only(self, prompt_tokens: int) -> HandRequest:
+        """The one request whose prompt has so many tokens."""
+        (request,) = (each for each in self.requests.values() if each.prompt.length == prompt_tokens)
+        return request
 
     def fail(self, error: Exception) -> None:
         """Give up on every request."""
@@ -114,10 +144,23 @@ class Replica:
             traffic=TrunkTraffic(self.frames, Counter()),
         )
         self.address = ("", 0)
+        self._peers: list[BareRouter] = []
 
     async def start(self) -> None:
         await self.engine.start()
         self.address = await self.server.start("127.0.0.1")
+
+    async def dial(self) -> BareRouter:
+        """A connection from a bare router, nothing said yet."""
+        peer = await dial(self.address)
+        self._peers.append(peer)
+        return peer
+
+    async def router(self) -> BareRouter:
+        """A trunk from a bare router, welcomed."""
+        peer = await self.dial()
+        await introduce(peer)
+        return peer
 
     async def stop(self) -> None:
         """As on a request to stop: the streams end first."""
@@ -131,6 +174,9 @@ class Replica:
             connection.abort()
         await soon(self.server.close())
         await soon(self.engine.close())
+        for peer in self._peers:
+            peer.leave()
+            await peer.closed()
 
     @property
     def streams(self) -> int:
@@ -144,14 +190,26 @@ class Replica:
 
 
 @asynccontextmanager
+async def nothing_escapes() -> AsyncIterator[None]:
+    """In the block no exception may reach the event loop, which would only log it."""
+    loop = asyncio.get_running_loop()
+    escaped: list[dict[str, Any]] = []
+    loop.set_exception_handler(lambda _, context: escaped.append(context))
+    yield
+    gc.collect()
+    assert not escaped
+
+
+@asynccontextmanager
 async def replica(engine: Engine, settings: TrunkSettings = QUICK) -> AsyncIterator[Replica]:
     """A running replica without a router."""
     one = Replica("replica-0", engine, settings)
-    await one.start()
-    try:
-        yield one
-    finally:
-        await one.kill()
+    async with nothing_escapes():
+        await one.start()
+        try:
+            yield one
+        finally:
+            await one.kill()
 
 
 def echo_engine(**arguments: Any) -> EchoEngine:
@@ -202,6 +260,9 @@ class Deployment:
         self.replicas = replicas
         """Those that live, by model."""
         self.port = 0
+        self.tasks: set[asyncio.Task[None]] = set()
+        """Requests that the HTTP server is working on."""
+        self.wires: list[Wire] = []
         self.http = httpx.AsyncClient()
         self._registry = registry
         self._trunk = trunk
@@ -263,17 +324,24 @@ class Deployment:
         answer: dict[str, Any] = response.json()
         return answer
 
-    async def open(self, text: str, **parameters: Any) -> Wire:
+    async def dial(self, receive_buffer: int | None = None) -> Wire:
+        """A connection of its own, nothing sent yet. `receive_buffer`: bytes that the kernel holds for it."""
+        wire = await Wire.connect(self.port, receive_buffer)
+        self.wires.append(wire)
+        return wire
+
+    async def open(self, text: str, *, receive_buffer: int | None = None, **parameters: Any) -> Wire:
         """The answer to one user message on a connection of its own, still to be read."""
-        return await Wire.post(self.port, request(text, **parameters))
+        wire = await self.dial(receive_buffer)
+        wire.post(request(text, **parameters))
+        return wire
 
     async def stream(self, text: str, **parameters: Any) -> Answer:
         """The streamed answer to one user message, read to its end."""
         wire = await self.open(text, stream=True, **parameters)
-        try:
-            return await wire.answer()
-        finally:
-            wire.leave()
+        answer = await wire.answer()
+        wire.leave()
+        return answer
 
 
 def request(text: str, **parameters: Any) -> dict[str, Any]:
@@ -318,7 +386,7 @@ async def deployed(
         for model in models
     }
     deployment = Deployment(application, registry, replicas, trunk)
-    async with _listening(deployment, send_buffer):
+    async with nothing_escapes(), _listening(deployment, send_buffer):
         for name, ones in replicas.items():
             for one in ones:
                 await one.start()
@@ -341,6 +409,7 @@ async def _listening(deployment: Deployment, send_buffer: int | None) -> AsyncIt
     )
     config.load()
     state = ServerState()
+    deployment.tasks = state.tasks
     listener = socket.socket()
     if send_buffer is not None:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
@@ -355,6 +424,8 @@ async def _listening(deployment: Deployment, send_buffer: int | None) -> AsyncIt
             deployment.http = http
             yield
     finally:
+        for wire in deployment.wires:
+            wire.leave()
         server.close()
         for open_one in list(state.connections):
             open_one.transport.abort()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Generic, TypeVar
 
 from serving import messages
@@ -24,7 +24,7 @@ class Peer(Generic[M]):
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, decode: Callable[[bytes], M]
     ) -> None:
         self.writer = writer
-        self.bytes = b""
+        self.bytes = bytearray()
         """Everything that was read."""
         self._reader = reader
         self._decode = decode
@@ -43,6 +43,7 @@ class Peer(Generic[M]):
             except ConnectionError:
                 return None
             if not data:
+                self.leave()
                 return None
             self.bytes += data
             self._received.extend(map(self._decode, self._frames.feed(data)))
@@ -59,6 +60,11 @@ class Peer(Generic[M]):
         """Drop the connection."""
         self.writer.transport.abort()
 
+    async def closed(self) -> None:
+        """Returns when nothing is left of the connection at this end."""
+        with suppress(ConnectionError):
+            await soon(self.writer.wait_closed())
+
 
 BareRouter = Peer[messages.ToRouter]
 BareReplica = Peer[messages.ToReplica]
@@ -70,9 +76,8 @@ async def dial(address: tuple[str, int]) -> BareRouter:
     return Peer(reader, writer, messages.decode_to_router)
 
 
-async def bare_router(address: tuple[str, int], name: str = "bare") -> BareRouter:
-    """A trunk to a replica, welcomed."""
-    peer = await dial(address)
+async def introduce(peer: BareRouter, name: str = "bare") -> None:
+    """The handshake from a router's side."""
     challenge = await peer.receive()
     assert isinstance(challenge, messages.Challenge)
     ours = nonce()
@@ -80,7 +85,6 @@ async def bare_router(address: tuple[str, int], name: str = "bare") -> BareRoute
     welcome = await peer.receive()
     assert isinstance(welcome, messages.Welcome)
     verify(SECRET, "replica", welcome.proof, challenge.nonce, ours)
-    return peer
 
 
 @asynccontextmanager
@@ -101,6 +105,7 @@ async def bare_replica() -> AsyncIterator[tuple[tuple[str, int], asyncio.Queue[B
         server.close()
         for peer in everyone:
             peer.leave()
+            await peer.closed()
 
 
 async def welcome(peer: BareReplica, name: str = "bare", context_length: int = 1000) -> None:

@@ -61,17 +61,14 @@ class Wire:
         await asyncio.get_running_loop().sock_connect(sock, ("127.0.0.1", port))
         return cls(*await asyncio.open_connection(sock=sock, limit=2**14))
 
-    @classmethod
-    async def post(cls, port: int, body: dict[str, Any], receive_buffer: int | None = None) -> Wire:
-        """A chat completion request, sent."""
-        wire = await cls.connect(port, receive_buffer)
+    def post(self, body: dict[str, Any]) -> None:
+        """Send a chat completion request."""
         content = json.dumps(body).encode()
-        wire.send(
+        self.send(
             b"POST /v1/chat/completions HTTP/1.1\r\nhost: test\r\ncontent-type: application/json\r\n"
             b"content-length: %d\r\n\r\n" % len(content)
         )
-        wire.send(content)
-        return wire
+        self.send(content)
 
     def send(self, data: bytes) -> None:
         """Write as it is."""

@@ -115,7 +115,7 @@ class Exchange(asyncio.Protocol):
         return self.headers["content-type"].startswith("text/event-stream")
 
     def _parts(self, choice: int) -> list[dict[str, Any]]:
-        return [part for chunk in self.chunks for part in chunk["choices"] if part["index"] == choice]
+        return [part for chunk in self.chunks for part in chunk.get("choices", ()) if part["index"] == choice]
 
     # ---- what asyncio and httptools call -------------------------------------------------------------
 

@@ -49,7 +49,7 @@ async def test_a_stream_says_what_the_whole_says(server: Server, model: str) -> 
 async def test_a_stream_has_the_form_that_clients_read(server: Server, model: str) -> None:
     """A stream's chunks are of one completion; the first alone has the role, the last alone a finish_reason,
     usage comes only where asked for, and [DONE] ends it."""
-    body = chat(model, WORDS, stream=True)
+    body = chat(model, WORDS, temperature=0, stream=True)
     plain = await ask(server, body)
     counted = await ask(server, body | {"stream_options": {"include_usage": True}})
     assert plain.headers["content-type"] == "text/event-stream; charset=utf-8"

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from tests.end_to_end.client import Exchange, ask_all, asking, chat
-from tests.end_to_end.server import Metrics, Server, until
+from tests.end_to_end.server import Metrics, Server
 from tests.end_to_end.smollm import ECHO, SMOLLM
 
 PROMPT = "trunkline_prompt_tokens_total"
@@ -35,11 +35,10 @@ async def test_a_cancelled_request_counts_what_was_handed_over(server: Server, m
     its line in the log says the same."""
     before = server.metrics()
     body = chat(model, "Tell me a long story.", max_tokens=1000, ignore_eos=True, stream=True)
-    async with asking(server, body, {"x-request-id": f"left-{model}"}) as exchange:
+    async with asking(server, body, {"x-request-id": f"counted-{model}"}) as exchange:
         await exchange.first()
         await exchange.leave()
-    until(lambda: server.log("request", request_id=f"left-{model}"), 5, "the request's line")
-    (line,) = server.log("request", request_id=f"left-{model}")
+    line = server.request(f"counted-{model}")
     after = server.metrics()
     assert line["outcome"] == "cancelled"
     assert grown(GENERATION, model, before, after) == line["completion_tokens"]
