@@ -19,7 +19,7 @@ from benchmarks.load import Plan, allow_files, run
 from benchmarks.processes import NoProcess, Process, descendants, lives, resident
 from benchmarks.result import Result
 from benchmarks.rows import Row, under, whole
-from benchmarks.server import RAY_UP, READY, Server, ServerFailed, until
+from benchmarks.server import RAY_UP, READY, Server, ServerFailed
 from benchmarks.workload import Workload
 
 SMOLLM = "smollm2-135m-instruct"
@@ -111,14 +111,12 @@ async def freed(server: Server, workload: Workload, number: int) -> float:
     async with asking(server, workload, [number]) as (asked,):
         await wait(lambda: begun(asked, workload) and all(held(server)), "an answer in the making")
         left = perf_counter()
-    await wait(lambda: not any(held(server)), "an idle engine", LOOK_S)
-    return perf_counter() - left
+    return await wait(lambda: not any(held(server)), "an idle engine", LOOK_S) - left
 
 
 def held(server: Server) -> list[float]:
     """What the engine holds, as /metrics says."""
-    names = ("trunkline_replica_running", "trunkline_kv_cache_usage_ratio")
-    return [server.gauge(name, SMOLLM) for name in names]
+    return server.gauges(SMOLLM, "trunkline_replica_running", "trunkline_kv_cache_usage_ratio")
 
 
 # ---- a replica that is lost ----------------------------------------------------------------------------
@@ -140,7 +138,7 @@ async def lost(server: Server, victim: str) -> list[Row]:
         await wait(lambda: all(begun(stream, LOST) for stream in streams), "every stream's first text")
         killed = perf_counter()
         os.kill(actor.pid if victim == "actor" else engine_core(actor).pid, signal.SIGKILL)
-        gone = asyncio.create_task(moment(lambda: not any(map(lives, dead)), "the end of the dead replica"))
+        gone = asyncio.create_task(wait(lambda: not any(map(lives, dead)), "the end of the dead replica"))
         await asyncio.gather(*(stream.task for stream in streams))
     answers = [stream.answer for stream in streams]
     answered = await answered_again(server)
@@ -279,14 +277,16 @@ def begun(asked: Asked, workload: Workload) -> bool:
     return workload.whole or bool(asked.answer.chunks)
 
 
-async def wait(condition: Callable[[], bool], what: str, pause: float = 0.01) -> None:
-    """Return when a condition holds; the streams run on meanwhile. Raises TimeoutError."""
-    await asyncio.to_thread(until, condition, PATIENCE_S, what, pause)
+async def wait(condition: Callable[[], bool], what: str, pause: float = 0.01) -> float:
+    """When a condition came to hold, looking every `pause` seconds; meanwhile the streams run on.
 
-
-async def moment(condition: Callable[[], bool], what: str) -> float:
-    """When a condition came to hold."""
-    await wait(condition, what)
+    Raises TimeoutError after PATIENCE_S seconds, in the words of `what` was waited for.
+    """
+    deadline = perf_counter() + PATIENCE_S
+    while not await asyncio.to_thread(condition):
+        if perf_counter() > deadline:
+            raise TimeoutError(f"{what}: not within {PATIENCE_S:g} s")
+        await asyncio.sleep(pause)
     return perf_counter()
 
 

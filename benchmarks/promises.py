@@ -58,6 +58,7 @@ POINTS = {
     ),
     "cancel": Point(LOCAL, points.cancel, _work(points.LEFT, clients=points.LEAVERS, at_once=1)),
     "loss": Point(LOCAL, points.loss, _work(points.LOST, streams=points.LOST_STREAMS)),
+    "router-alone": Point(ECHO_ALONE, points.router, {"idle_s": points.IDLE_S}),
     "scale": Point(
         ECHO_ALONE,
         points.scale,
@@ -136,7 +137,7 @@ def _say(text: str) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    listed = "\n".join(f"  {name:9} {point.sentence}" for name, point in POINTS.items())
+    listed = "\n".join(f"  {name:13} {point.sentence}" for name, point in POINTS.items())
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.promises",
         formatter_class=argparse.RawDescriptionHelpFormatter,

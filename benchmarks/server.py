@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
@@ -118,14 +118,10 @@ class Server:
                 return moment
         raise ServerFailed(f"it never said {words!r}; it said:\n{self.output}")
 
-    def gauge(self, name: str, model: str) -> float:
-        """The sum of a metric's samples for a model, over the deployment. Raises OSError."""
-        samples = re.findall(
-            rf'^{re.escape(name)}\{{[^}}]*\bmodel="{re.escape(model)}"[^}}]*\}} (\S+)$',
-            self._get("/metrics"),
-            re.MULTILINE,
-        )
-        return sum(map(float, samples))
+    def gauges(self, model: str, *names: str) -> list[float]:
+        """Of each metric the sum of a model's samples over the deployment, by one scrape. Raises OSError."""
+        text = self._get("/metrics")
+        return [sum(_samples(text, name, model)) for name in names]
 
     def _get(self, path: str) -> str:
         connection = HTTPConnection(self.target.host, self.target.port, timeout=10)
@@ -186,16 +182,9 @@ def serving(config: Path) -> Iterator[Server]:
         server.kill()
 
 
-def until(condition: Callable[[], bool], limit: float, what: str, pause: float = 0.01) -> None:
-    """Return when a condition holds, looking every `pause` seconds.
-
-    Raises TimeoutError after `limit` seconds, in the words of `what` was waited for.
-    """
-    deadline = time.monotonic() + limit
-    while not condition():
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"{what}: not within {limit:g} s")
-        time.sleep(pause)
+def _samples(text: str, name: str, model: str) -> Iterator[float]:
+    pattern = rf'^{re.escape(name)}\{{[^}}]*\bmodel="{re.escape(model)}"[^}}]*\}} (\S+)$'
+    return map(float, re.findall(pattern, text, re.MULTILINE))
 
 
 def _free_port() -> int:

@@ -8,22 +8,23 @@ from __future__ import annotations
 import logging
 import socket
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve import RunTarget
 from ray.serve.config import ProxyLocation
 from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, LoggingConfig
 
 from cluster import environment
 from cluster.config import Config, ModelConfig
-from cluster.placement import CONTROL_CALLS, Placement, PlacementError, place
-from router.deployment import RouterServer
+from cluster.placement import CLOSE_S, CONTROL_CALLS, Placement, PlacementError, place
+from router.deployment import RouterServer, bound_socket
+from router.settings import Listen
 from serving import orphans
 from serving.deployment import DEPLOYMENT, ModelServer, ReplicaSettings
 
@@ -36,9 +37,6 @@ OBJECT_STORE_BYTES = 128 * 1024 * 1024
 ANNOUNCED_REPLICAS = "router.announced.AnnouncedReplicas"
 """What Serve hands the list of a model's replicas to, in every router."""
 
-ROUTER_DRAIN_S = 60.0
-"""Seconds that a router's answers may take to end when it is stopped."""
-
 STATUS_S = 0.25
 """Seconds between two looks at Serve while it starts."""
 
@@ -49,18 +47,15 @@ class StartFailed(Exception):
     """The deployment could not be started, and why, in words for the person who tried."""
 
 
-def check_port(host: str, port: int) -> None:
-    """Raises StartFailed if something listens there already.
+def check_port(listen: Listen) -> None:
+    """Raises StartFailed if something listens there already, or nothing can.
 
     A plain bind, before any router's: with SO_REUSEPORT a second server would silently share the port.
     """
-    family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(address)
-        except OSError as error:
-            raise StartFailed(f"listen: cannot listen on {host}:{port}: {error.strerror}") from None
+    try:
+        bound_socket(listen, socket.SO_REUSEADDR).close()
+    except OSError as error:
+        raise StartFailed(f"listen: cannot listen on {listen.host}:{listen.port}: {error.strerror}") from None
 
 
 @contextmanager
@@ -75,13 +70,16 @@ def ray_cluster(address: str, progress: Progress) -> Iterator[None]:
         "object_store_memory": OBJECT_STORE_BYTES,
         "_node_ip_address": "127.0.0.1",
     }
-    ray.init(
-        address=address,
-        namespace="trunkline",
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        **(own if address == "local" else {}),
-    )
+    try:
+        ray.init(
+            address=address,
+            namespace="trunkline",
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            **(own if address == "local" else {}),
+        )
+    except (OSError, ValueError, RuntimeError, RayError) as error:
+        raise StartFailed(f"ray.address: no Ray at {address}: {error}") from None
     try:
         yield
     finally:
@@ -97,8 +95,10 @@ def deployed(config: Config, log_dir: Path | None, progress: Progress) -> Iterat
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     secret = environment.trunk_secret()
     serve.start(proxy_location=ProxyLocation.Disabled, logging_config=LoggingConfig(log_level="WARNING"))
+    refuse_second(config)
     try:
         deploy_models(config, secret, log_dir)
+        check_port(config.listen)  # again: getting here may have taken minutes
         deploy_routers(config, secret, log_dir)
         wait_ready(config, progress)
         yield
@@ -107,12 +107,26 @@ def deployed(config: Config, log_dir: Path | None, progress: Progress) -> Iterat
         delete(config)
 
 
+def refuse_second(config: Config) -> None:
+    """Raises StartFailed where this Ray cluster has a deployment of ours already: it would be replaced."""
+    taken = serve.status().applications.keys() & {ROUTER, *(model.application for model in config.models)}
+    if taken:
+        raise StartFailed(
+            f"ray.address: this Ray cluster runs Trunkline already (applications {', '.join(sorted(taken))});"
+            " end that first, or remove it with `serve shutdown`"
+        )
+
+
 def deploy_models(config: Config, secret: bytes, log_dir: Path | None) -> None:
     """One application for each model; returns at once. Raises StartFailed where there is no room."""
     nodes = ray.nodes()  # type: ignore[no-untyped-call]
-    gpus_by_node = [int(node["Resources"].get("GPU", 0)) for node in nodes if node["Alive"]]
+    resources = [node["Resources"] for node in nodes if node["Alive"]]
     try:
-        placements = place(config.models, gpus_by_node)
+        placements = place(
+            config.models,
+            [int(node.get("GPU", 0)) for node in resources],
+            [float(node.get("CPU", 0)) for node in resources],
+        )
     except PlacementError as error:
         raise StartFailed(str(error)) from None
     local = config.ray.address == "local"
@@ -159,7 +173,7 @@ def deploy_routers(config: Config, secret: bytes, log_dir: Path | None) -> None:
         max_ongoing_requests=CONTROL_CALLS,
         health_check_period_s=1.0,
         graceful_shutdown_wait_loop_s=0.1,
-        graceful_shutdown_timeout_s=ROUTER_DRAIN_S,
+        graceful_shutdown_timeout_s=config.router_settings.drain_s + CLOSE_S,
     )
     target = RunTarget(
         deployment(RouterServer).bind(config.router_settings, secret, log_dir), name=ROUTER, route_prefix=None
@@ -171,30 +185,48 @@ def wait_ready(config: Config, progress: Progress) -> None:
     """Return when the routers and every model run. Raises StartFailed when one of them cannot."""
     began = time.monotonic()
     names = {model.application: f"model {model.name}" for model in config.models} | {ROUTER: "router"}
-    waiting = set(names)
+    waiting = dict.fromkeys(names, "")
     while waiting:
         applications = serve.status().applications
-        for application in sorted(waiting):
+        for application, said in list(waiting.items()):
             overview = applications[application]
             if overview.status == ApplicationStatus.RUNNING:
-                waiting.discard(application)
+                del waiting[application]
                 ready = len(names) - len(waiting)
                 progress(
                     f"{names[application]} ready, {time.monotonic() - began:.0f} s ({ready}/{len(names)})"
                 )
             elif overview.status == ApplicationStatus.DEPLOY_FAILED:
                 raise StartFailed(f"{names[application]} could not be started:\n{_why(overview)}")
+            elif (news := _in_a_line(_why(overview))) != said:
+                waiting[application] = news
+                progress(f"{names[application]}: {news}")
         time.sleep(STATUS_S)
 
 
 def delete(config: Config) -> None:
-    """Take the routers down, then the models, each once its streams have ended or its time is up."""
-    serve.delete(ROUTER)
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(serve.delete, [model.application for model in config.models]))
+    """Take the routers down, whose running answers may end, then the models."""
+    drain_s = max(model.drain_s for model in config.models) + CLOSE_S
+    _delete([ROUTER], drain_s)
+    _delete([model.application for model in config.models], drain_s)
+
+
+def _delete(applications: Sequence[str], timeout_s: float) -> None:
+    # Serve's own waiting ends after a minute, whatever the deployments' time to drain.
+    for application in applications:
+        serve.delete(application, _blocking=False)
+    deadline = time.monotonic() + timeout_s
+    while serve.status().applications.keys() & set(applications) and time.monotonic() < deadline:
+        time.sleep(STATUS_S)
 
 
 def _why(overview: ApplicationStatusOverview) -> str:
     """What Serve says of an application that failed: its deployments' words, or its own."""
     messages = [deployment.message for deployment in overview.deployments.values() if deployment.message]
     return "\n".join(messages) or overview.message
+
+
+def _in_a_line(message: str) -> str:
+    """A message's first line, or of a traceback the last, which names the error."""
+    lines = message.strip().splitlines() or [""]
+    return lines[-1] if "Traceback" in message else lines[0]

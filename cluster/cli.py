@@ -91,7 +91,9 @@ def _add_models(commands: Any) -> None:
         epilog="Exit status: 0, or 1 if nothing answers.",
     )
     parser.add_argument("--url", default=URL, help=f"where the server is (default: {URL})")
-    parser.add_argument("--json", action="store_true", help="print the answer of GET /v1/models as it is")
+    parser.add_argument(
+        "--json", action="store_true", help="print the models as GET /v1/models describes them"
+    )
     parser.set_defaults(command=models)
 
 

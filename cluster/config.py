@@ -152,7 +152,7 @@ class Config(Settings):
     listen: Listen = Listen()
     routers: int = Field(1, ge=1, le=1024, description="Router processes that share the port.")
     log_dir: Annotated[Path, Field(strict=False)] | None = Field(
-        None, description="Folder for log files; without it Ray keeps them."
+        None, description="Folder for log files; without it each start makes a temporary one."
     )
     ray: RayConfig = RayConfig()
     limits: Limits = Limits()
@@ -167,7 +167,7 @@ class Config(Settings):
         return RouterSettings(
             created=int(time.time()),
             listen=self.listen,
-            routers=self.routers,
+            drain_s=max(model.drain_s for model in self.models),
             models=tuple(map(self._hosted, self.models)),
             limits=self.limits,
             timeouts=self.timeouts,

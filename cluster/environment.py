@@ -12,6 +12,13 @@ import secrets
 TRUNK_SECRET = "TRUNKLINE_SECRET"  # noqa: S105 - the variable's name
 """May hold the secret that trunks demand; without it each deployment makes its own."""
 
+LEAST_SECRET = 16
+"""Bytes."""
+
+
+class WeakSecret(Exception):
+    """The environment gives a secret that could be guessed."""
+
 
 def prepare(ray_address: str) -> None:
     """Set what Ray reads. To be called before `ray` is imported."""
@@ -27,5 +34,8 @@ def prepare(ray_address: str) -> None:
 
 
 def trunk_secret() -> bytes:
-    """The secret of this deployment's trunks."""
-    return os.environ.get(TRUNK_SECRET, "").encode() or secrets.token_bytes(32)
+    """The secret of this deployment's trunks. Raises WeakSecret."""
+    given = os.environ.get(TRUNK_SECRET, "").encode()
+    if given and len(given) < LEAST_SECRET:
+        raise WeakSecret(f"{TRUNK_SECRET} has {len(given)} bytes; at least {LEAST_SECRET} are expected")
+    return given or secrets.token_bytes(32)

@@ -31,10 +31,12 @@ class Placement:
     """The model's engine arguments, with those that follow from the placement."""
 
 
-def place(models: Sequence[ModelConfig], gpus_by_node: Sequence[int]) -> tuple[Placement, ...]:
-    """A placement for each model, in their order, on nodes with this many GPUs each.
+def place(
+    models: Sequence[ModelConfig], gpus_by_node: Sequence[int], cpus_by_node: Sequence[float]
+) -> tuple[Placement, ...]:
+    """A placement for each model, in their order, on nodes with this many GPUs and CPU cores each.
 
-    It counts GPUs and nothing else: Ray decides which node a replica goes to. Raises PlacementError.
+    It counts both over all nodes: Ray decides which node a replica goes to. Raises PlacementError.
     """
     lacks = [lack for model in models if (lack := _lack(model, gpus_by_node))]
     needed = {model.name: model.replicas * gpus_of(model, gpus_by_node) for model in models}
@@ -43,6 +45,9 @@ def place(models: Sequence[ModelConfig], gpus_by_node: Sequence[int]) -> tuple[P
         lacks.append(
             f"all replicas together need {sum(needed.values())} GPUs ({each}), {_there(gpus_by_node)}"
         )
+    cpus = sum(model.replicas * model.cpus for model in models)
+    if cpus > sum(cpus_by_node):
+        lacks.append(f"all replicas together reserve {cpus:g} CPU cores, and there are {sum(cpus_by_node):g}")
     if lacks:
         raise PlacementError("\n".join(lacks))
     return tuple(_placement(model, gpus_by_node) for model in models)
@@ -69,6 +74,8 @@ def _placement(model: ModelConfig, gpus_by_node: Sequence[int]) -> Placement:
         "num_replicas": model.replicas,
         "ray_actor_options": actor,
         "max_ongoing_requests": CONTROL_CALLS,
+        # A start that failed may have failed for the moment, a bad argument fails every time.
+        "max_constructor_retry_count": 3,
         "health_check_period_s": 1.0,
         "health_check_timeout_s": 30.0,
         "graceful_shutdown_wait_loop_s": 0.1,

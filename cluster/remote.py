@@ -6,6 +6,8 @@ import json
 import urllib.error
 import urllib.request
 from collections import defaultdict
+from http.client import HTTPException
+from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -31,7 +33,7 @@ class NoAnswer(Exception):
 
 def status(url: str) -> int:
     """Show each model's state and the figures that say how busy it is; 0 if every model is ready."""
-    states: dict[str, str] = json.loads(fetch(url, "/health"))["models"]
+    states: dict[str, str] = fetch_json(url, "/health", "models")
     figures = samples(fetch(url, "/metrics").decode())
     rows = [("model", "state", *(title for title, _ in FIGURES))]
     for model, state in states.items():
@@ -42,12 +44,12 @@ def status(url: str) -> int:
 
 def models(url: str, *, as_json: bool) -> int:
     """Show the server's models."""
-    answer = fetch(url, "/v1/models")
+    cards: list[dict[str, Any]] = fetch_json(url, "/v1/models", "data")
     if as_json:
-        print(answer.decode())
+        print(json.dumps(cards, indent=2))
         return 0
     rows = [("model", "state", "context", "kind", "description")]
-    for card in json.loads(answer)["data"]:
+    for card in cards:
         context = card.get("max_context_length") or "-"
         rows.append((card["id"], card["state"], str(context), card["kind"], card.get("description") or ""))
     print(table(rows))
@@ -64,8 +66,16 @@ def fetch(url: str, path: str) -> bytes:
             return body
     except urllib.error.HTTPError as error:
         return error.read()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, HTTPException) as error:
         raise NoAnswer(f"nothing answers at {url}: {getattr(error, 'reason', error)}") from None
+
+
+def fetch_json(url: str, path: str, key: str) -> Any:
+    """What stands under `key` in the server's answer. Raises NoAnswer, also where another server answers."""
+    try:
+        return json.loads(fetch(url, path))[key]
+    except (ValueError, KeyError, TypeError):
+        raise NoAnswer(f"what answers at {url}{path} is not Trunkline") from None
 
 
 def samples(exposition: str) -> dict[tuple[str, str], float]:

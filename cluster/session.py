@@ -14,7 +14,11 @@ from pathlib import Path
 
 from cluster import app
 from cluster.config import Config
+from cluster.environment import WeakSecret
 from serving import source
+
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+"""What asks this machine without a detour: a proxy that the environment names is for elsewhere."""
 
 READY_S = 30.0
 """Seconds that the routers' port gets to answer once they run."""
@@ -34,43 +38,57 @@ class Narrator:
         self(f"{name}: {text}")
 
 
+class Interruption:
+    """The first signal that asks us to end. It raises KeyboardInterrupt, and the rest are ignored: taking all
+    of it down must not be left half done, and whoever runs us may pass on what a terminal has sent us."""
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+    def __init__(self) -> None:
+        self._came = False
+        # Whoever starts us under nohup wants us to outlive the terminal.
+        self._signals = [number for number in self.SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+
+    def listen(self) -> None:
+        """Take the signals, from whoever has them. Raises KeyboardInterrupt for one that came before and was
+        lost: Python drops what a signal raises in the middle of a fork, and Ray's start is full of them."""
+        if self._came:
+            raise KeyboardInterrupt
+        for number in self._signals:
+            signal.signal(number, self._interrupt)
+
+    def _interrupt(self, *_: object) -> None:
+        self._came = True
+        for number in self._signals:
+            signal.signal(number, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+
 def serve(config: Config) -> int:
     """Start everything, keep it running until a signal, take everything down. Returns the exit status.
 
     The environment must have been prepared before this module was imported. Raises SourceError.
     """
     say = Narrator()
-    interrupt_once()
+    interruption = Interruption()
+    interruption.listen()
     log_dir = config.log_dir or Path(tempfile.mkdtemp(prefix="trunkline-"))
     try:
-        app.check_port(config.listen.host, config.listen.port)
+        app.check_port(config.listen)
         put_models_in_place(config, say)
         with app.ray_cluster(config.ray.address, say):
-            interrupt_once()  # again: Ray has put a handler of its own in its place
+            interruption.listen()  # again: Ray has put a handler of its own in the place of ours
             with app.deployed(config, log_dir, say):
                 wait_answering(config)
                 say(f"ready; logs are in {log_dir}\n\n{curl_line(config)}\n\nCtrl-C ends it.")
+                interruption.listen()
                 threading.Event().wait()
-    except app.StartFailed as error:
+    except (app.StartFailed, WeakSecret) as error:
         print(f"trunkline: {error}\nLogs are in {log_dir}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         say("stopped")
     return 0
-
-
-def interrupt_once() -> None:
-    """Let the first signal that asks us to end raise KeyboardInterrupt, and ignore the rest: taking all of it
-    down must not be left half done, and whoever runs us may pass on what a terminal has sent us already."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-    def interrupt(*_: object) -> None:
-        for number in numbers:
-            signal.signal(number, signal.SIG_IGN)
-        raise KeyboardInterrupt
-
-    for number in numbers:
-        signal.signal(number, interrupt)
 
 
 def put_models_in_place(config: Config, say: Narrator) -> None:
@@ -87,7 +105,7 @@ def wait_answering(config: Config) -> None:
     deadline = time.monotonic() + READY_S
     while True:
         try:
-            with urllib.request.urlopen(url, timeout=1):  # noqa: S310 - our own, made just above
+            with DIRECT.open(url, timeout=1):
                 return
         except OSError as error:
             if time.monotonic() > deadline:

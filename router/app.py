@@ -99,11 +99,11 @@ def build_api(catalog: Catalog, chat: ChatCompletions, scrape: Scrape) -> FastAP
     api = FastAPI(title="Trunkline", openapi_url=None, redirect_slashes=False)
     api.router.routes.append(Route(CHAT_COMPLETIONS, chat, methods=["POST"]))
 
-    @api.get("/v1/models")
+    @api.get("/v1/models", response_model_exclude_none=True)
     async def models() -> protocol.ModelList:
         return protocol.ModelList(data=catalog.entries())
 
-    @api.get("/v1/models/{name:path}")
+    @api.get("/v1/models/{name:path}", response_model_exclude_none=True)
     async def model(name: str) -> protocol.Model:
         return catalog.entry(name)
 

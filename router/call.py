@@ -125,9 +125,12 @@ class Call:
         finally:
             watcher.cancel()
 
+    def tried(self, stream: TrunkStream) -> None:
+        """A replica was asked; where several were, the last one answers for the request."""
+        self._stream = stream
+
     async def answer(self, stream: TrunkStream) -> None:
         """Hand everything that the stream brings to the client. Raises what ends it early."""
-        self._stream = stream
         piece = await stream.read()
         await self._start(200, self._answer_headers(piece))
         while True:
@@ -151,11 +154,12 @@ class Call:
                     async with asyncio.timeout(LAST_EVENT_S):
                         await self._write(error.event(), more=False)
             return
-        self._outcome = "refused" if self._stream is None else "failed"
+        self._outcome = "failed" if self._stream is not None and self._stream.accepted else "refused"
         body = error.body()
         extra = [(name.encode(), value.encode()) for name, value in error.headers.items()]
-        if error.status in {408, 413}:
-            # The rest of the body is still on its way and nobody will read it.
+        if error.status == 408:
+            # The rest of the body may never come. That of one which is too long does, and uvicorn drops it:
+            # to close now would reset the connection, and a client that still sends would not see why.
             extra.append((b"connection", b"close"))
         await self._start(error.status, _json_headers(len(body)) + extra)
         await self._write(body, more=False)
@@ -166,6 +170,8 @@ class Call:
         if self._outcome == "cancelled":
             self._status = 499  # whatever its client was sent before it left
         if self._metrics is not None:
+            if self._stream is not None and self._stream.accepted:
+                self._metrics.accepted(self._stream.prompt_tokens)
             self._metrics.finished(self._outcome, self._status, now)
         else:
             self._router_metrics.refused(self._status)

@@ -64,7 +64,7 @@ class ChatCompletions:
         async with call.connected(), within(timeouts.total_s):
             with (
                 closing(await model.admission.admit(request.n, timeouts.queue_s)),
-                closing(await model.replicas.generate(message, timeouts.queue_s)) as stream,
+                closing(await model.replicas.generate(message, timeouts.queue_s, call.tried)) as stream,
             ):
                 await call.answer(stream)
 

@@ -26,8 +26,11 @@ log = structlog.get_logger(__name__)
 SCRAPE_S = 5.0
 """Seconds that a process gets to render its metrics before a scrape goes without it."""
 
-STATUS_TICKS = 5
+STATUS_S = 5.0
 """Seconds between two looks at what Serve says of models that are not ready."""
+
+LAST_WORDS_S = 2.0
+"""Seconds that clients get to take the error that ends their answers when the drain is over."""
 
 
 class RouterServer:
@@ -38,6 +41,7 @@ class RouterServer:
         logs.configure("router", log_dir)
         context = serve.get_replica_context()
         self._id = context.replica_id.unique_id
+        self._settings = settings
         self._application = Application(
             settings, identity=self._id, secret=secret, registry=REGISTRY, scrape=self.scrape
         )
@@ -48,7 +52,7 @@ class RouterServer:
         ]
         self._server = uvicorn_server(self._application)
         self._serving = asyncio.create_task(self._server.serve([listening_socket(settings.listen)]))
-        self._ticking = asyncio.create_task(self._tick(), name="tick")
+        self._tasks = [asyncio.create_task(self._tick()), asyncio.create_task(self._watch_states())]
         log.info("router ready", router=self._id, listen=f"{settings.listen.host}:{settings.listen.port}")
 
     async def check_health(self) -> None:
@@ -70,38 +74,47 @@ class RouterServer:
         return merge((everyone | {replica: own}).values())
 
     async def __del__(self) -> None:
-        """Serve awaits this before it ends the process: take nothing new, let the answers end."""
+        """Serve awaits this before it ends the process: take nothing new, let the answers end, and tell those
+        clients whose answers take too long."""
         log.info("router drains", router=self._id)
         self._application.chat.draining = True
         self._server.should_exit = True
-        await self._serving
-        self._ticking.cancel()
+        await asyncio.wait([self._serving], timeout=self._settings.drain_s)
+        # Without its trunk a stream ends with an error event.
         await self._application.close()
+        await asyncio.wait([self._serving], timeout=LAST_WORDS_S)
         log.info("router ends", router=self._id)
 
     async def _tick(self) -> None:
-        ticks = 0
         while True:
             await asyncio.sleep(1.0)
-            ticks += 1
             self._application.metrics.tick(time.perf_counter())
-            models = self._application.catalog.models
-            if ticks % STATUS_TICKS == 0 and any(model.state != "ready" for model in models):
-                applications = (await asyncio.to_thread(serve.status)).applications
-                for model in models:
-                    overview = applications.get(model.settings.application)
-                    model.failed = overview is not None and overview.status == ApplicationStatus.DEPLOY_FAILED
+
+    async def _watch_states(self) -> None:
+        """Learn from Serve which of the models that are not ready never will be."""
+        while True:
+            await asyncio.sleep(STATUS_S)
+            waiting = [model for model in self._application.catalog.models if model.state != "ready"]
+            try:
+                applications = (await asyncio.to_thread(serve.status)).applications if waiting else {}
+            except Exception as error:  # noqa: BLE001 - Serve's controller may be on its way back
+                log.warning("no status from Serve", error=repr(error))
+                continue
+            for model in waiting:
+                overview = applications.get(model.settings.application)
+                model.failed = overview is not None and overview.status == ApplicationStatus.DEPLOY_FAILED
 
 
 async def _ask(handle: DeploymentHandle[Any]) -> list[tuple[str, Exposition]]:
-    """What every replica of a deployment answers; those that do not are left out.
+    """What the replicas of a deployment answer. Where one of them does not in time, none does: Serve gives
+    the answers of a broadcast together, so its metrics are missing until it is well or replaced.
 
     A call to each replica: at hundreds of them each is better scraped alone.
     """
     try:
         answers = await handle.broadcast("metrics").results_async(timeout_s=SCRAPE_S, return_exceptions=True)
     except Exception as error:  # noqa: BLE001 - Serve raises errors of many kinds where no replica runs
-        log.info("not scraped", deployment=handle.deployment_name, error=repr(error))
+        log.warning("not scraped", deployment=handle.deployment_id.app_name, error=repr(error))
         return []
     return [answer for answer in answers if not isinstance(answer, BaseException)]
 
@@ -129,9 +142,18 @@ def listening_socket(listen: Listen) -> socket.socket:
 
     It cannot tell a sibling from a stranger: that the port is free is made sure of before the first router.
     """
-    family = socket.AF_INET6 if ":" in listen.host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-    listener.bind((listen.host, listen.port))
-    return listener
+    return bound_socket(listen, socket.SO_REUSEADDR, socket.SO_REUSEPORT)
+
+
+def bound_socket(listen: Listen, *options: int) -> socket.socket:
+    """A TCP socket bound to the first address that the host's name has. Raises OSError."""
+    family, *_, address = socket.getaddrinfo(listen.host, listen.port, type=socket.SOCK_STREAM)[0]
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        for option in options:
+            bound.setsockopt(socket.SOL_SOCKET, option, 1)
+        bound.bind(address)
+    except OSError:
+        bound.close()
+        raise
+    return bound

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from time import monotonic
 
 import structlog
@@ -11,7 +11,6 @@ import structlog
 from router.dispatch import pick
 from router.errors import NoReplica, ReplicaLost
 from router.trunk import Leaving, Lost, Trunk, TrunkOptions, TrunkStream
-from serving.handshake import HandshakeFailed
 from serving.messages import Chat
 
 log = structlog.get_logger(__name__)
@@ -57,8 +56,11 @@ class Replicas:
                 keeper = asyncio.create_task(self._keep(replica), name=f"trunk to {replica}")
                 self._keepers[replica] = keeper
 
-    async def generate(self, request: Chat, timeout_s: float) -> TrunkStream:
-        """A stream that has bytes to read, from the replica with the least to do.
+    async def generate(
+        self, request: Chat, timeout_s: float, tried: Callable[[TrunkStream], None]
+    ) -> TrunkStream:
+        """A stream that has bytes to read, from the replica with the least to do. `tried` is told of each
+        stream as it is opened.
 
         Waits up to `timeout_s` seconds for a replica. A replica that is lost before the first byte is
         replaced by another once; the client notices nothing. Raises ApiError.
@@ -68,6 +70,7 @@ class Replicas:
         while True:
             trunk = await self._available(request, deadline, besides=lost)
             stream = trunk.submit(request)
+            tried(stream)
             try:
                 await stream.started()
             except Leaving:
@@ -111,7 +114,7 @@ class Replicas:
                 host, port = self._listed[replica]
                 try:
                     trunk = await Trunk.connect(host, port, self._options)
-                except (OSError, TimeoutError, HandshakeFailed) as error:
+                except Exception as error:  # noqa: BLE001 - a listed replica is tried for as long as it is listed
                     log.warning("no trunk", model=self.name, replica=replica, error=repr(error))
                     await asyncio.sleep(pause_s)
                     pause_s = min(2 * pause_s, longest_s)

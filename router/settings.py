@@ -119,7 +119,7 @@ class RouterSettings(Settings):
 
     created: int = Field(0, description="When the deployment was made, in Unix seconds.")
     listen: Listen = Listen()
-    routers: int = Field(1, ge=1, le=1024, description="Router processes that share the port.")
+    drain_s: float = Field(30.0, ge=0, description="Seconds that answers may take to end at a shut-down.")
     models: tuple[HostedModel, ...] = ()
     limits: Limits = Limits()
     timeouts: Timeouts = Timeouts()

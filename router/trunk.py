@@ -61,7 +61,9 @@ class Trunk(asyncio.Protocol):
         self.load = Load()
         self.draining = False
         self.unreported = 0
-        """Sequences submitted since the replica last told its load, and not ended since."""
+        """Sequences that the load does not include: submitted, and not ended or in a report since."""
+        self.reportable = 0
+        """Those of them that the replica has accepted: its next report includes them."""
         self.reports = 0
         """How often the replica has told its load."""
         self.streams: dict[int, TrunkStream] = {}
@@ -70,7 +72,7 @@ class Trunk(asyncio.Protocol):
         self.closed: asyncio.Future[None] = loop.create_future()
         self._nonce = nonce()
         self._challenge = b""
-        self._reader = FrameReader(messages.MAX_FRAME)
+        self._reader = FrameReader(messages.HANDSHAKE_LIMIT)
         self._next_stream = 0
         self._silent_beats = 0
         self._spoke = False
@@ -161,8 +163,9 @@ class Trunk(asyncio.Protocol):
             raise HandshakeFailed("a frame before the welcome")
         if frame.load is not None:
             self.load = frame.load
-            self.unreported = 0
             self.reports += 1
+            self.unreported -= self.reportable
+            self.reportable = 0
         for event in frame.events:
             # A stream that was closed here may still have events on the way.
             if stream := self.streams.get(event.stream):
@@ -181,6 +184,7 @@ class Trunk(asyncio.Protocol):
         verify(self.options.secret, "replica", welcome.proof, self._challenge, self._nonce)
         self.replica = welcome.replica
         self.context_length = welcome.context_length
+        self._reader.limit = messages.MAX_FRAME
         if not self.ready.done():
             self.ready.set_result(None)
 
@@ -201,7 +205,7 @@ class Trunk(asyncio.Protocol):
         settings = self.options.settings
         # Beats are counted, not seconds: after a stall of our own, what the replica sent meanwhile is
         # read before the silence is judged.
-        if self._silent_beats * settings.heartbeat_s > settings.silence_s:
+        if self._silent_beats * settings.heartbeat_s >= settings.silence_s:
             log.warning("trunk lost: the replica is silent", replica=self.replica)
             self.abort()
             return
@@ -232,17 +236,21 @@ class TrunkStream:
         "_tokens",
         "_trunk",
         "_waiter",
+        "accepted",
         "prompt_tokens",
         "usage",
     )
 
     def __init__(self, trunk: Trunk, number: int, sequences: int) -> None:
+        self.accepted = False
+        """Whether the replica's engine has the request."""
         self.prompt_tokens = 0
         self.usage: Usage | None = None
         self._trunk = trunk
         self._number = number
         self._sequences = sequences
-        self._reports = trunk.reports
+        self._reports: int | None = None
+        """How many reports there had been when the replica accepted; the next one includes this request."""
         self._data: list[bytes] = []
         self._size = 0
         self._tokens = 0
@@ -294,7 +302,10 @@ class TrunkStream:
             case Chunk(data=data, tokens=tokens):
                 self._gather(data, tokens)
             case Accepted(prompt_tokens=prompt_tokens):
+                self.accepted = True
                 self.prompt_tokens = prompt_tokens
+                self._reports = self._trunk.reports
+                self._trunk.reportable += self._sequences
                 return
             case Ended(failed=False, data=data, tokens=tokens, usage=usage):
                 self.usage = usage
@@ -304,7 +315,7 @@ class TrunkStream:
             case Ended():
                 self.fail(Lost())
             case Refused():
-                self.fail(Leaving() if event.status == 503 else from_refusal(event))
+                self.fail(Leaving() if event.code == messages.DRAINING else from_refusal(event))
         self._wake()
 
     def fail(self, error: Exception) -> None:
@@ -341,9 +352,11 @@ class TrunkStream:
         trunk = self._trunk
         if trunk.streams.pop(self._number, None) is None:
             return False
-        if self._reports == trunk.reports:
-            # The replica's next report need not differ from its last: this one came and went between the two.
+        # Where it is gone before a report, that report may never come: the load is what it was before.
+        if self._reports in {None, trunk.reports}:
             trunk.unreported -= self._sequences
+        if self._reports == trunk.reports:
+            trunk.reportable -= self._sequences
         return True
 
     def _wake(self) -> None:

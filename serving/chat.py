@@ -29,6 +29,10 @@ _TOO_LONG = Refusal(
 )
 
 
+INTERNAL = Refusal("internal error", status=500, code="internal_error")
+"""What a client learns of a fault of ours; the log says more."""
+
+
 class Outlet(Protocol):
     """The trunk's end of one stream. Exactly one of `refused` and `ended` closes it; after that, nothing that
     is called has an effect."""
@@ -66,7 +70,7 @@ async def generate(engine: Engine, request: Chat, outlet: Outlet) -> None:
         outlet.ended(b"", 0, Usage(0, 0), failed=True)
     except Exception:
         log.exception("request failed before generation", completion=request.id)
-        outlet.refused(Refusal("internal error", status=500))
+        outlet.refused(INTERNAL)
 
 
 def fit(sampling: Sampling, prompt_tokens: int, context_length: int) -> Sampling:
@@ -104,7 +108,10 @@ class _Answer:
 
     def fail(self, error: Exception) -> None:
         log.error("generation failed", completion=self._request.id, error=repr(error))
-        self._outlet.ended(b"", 0, self._usage(), failed=True)
+        if isinstance(error, EngineDead):
+            self._outlet.ended(b"", 0, self._usage(), failed=True)
+        else:
+            self._outlet.refused(INTERNAL)
 
     def _usage(self) -> Usage:
         return Usage(self._prompt_tokens, self._completion_tokens, self.cached_tokens)

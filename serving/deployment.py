@@ -45,15 +45,19 @@ class ReplicaSettings(Settings):
 class ModelServer:
     """What a model's Serve deployment consists of. No request comes through Serve: they come by trunk."""
 
+    _trunk: TrunkServer | None = None
+    _engine: Engine | None = None
+    _watching: asyncio.Task[None] | None = None
+
     # Serve awaits it, which the type of a constructor has no words for.
     async def __init__(self, settings: ReplicaSettings, secret: bytes) -> None:  # type: ignore[misc]
         logs.configure(f"replica-{settings.model.replace('/', '_')}", settings.log_dir)
-        self._drain_s = settings.drain_s
+        self._settings = settings
         self._id = serve.get_replica_context().replica_id.unique_id
         ended = await asyncio.to_thread(orphans.end_orphans)
         orphans.mark()
         log.info("engine starts", model=settings.model, replica=self._id, orphans_ended=ended)
-        self._engine: Engine = build_engine(settings.engine)
+        self._engine = build_engine(settings.engine)
         await self._engine.start()
         metrics = ReplicaMetrics(REGISTRY, settings.model, self._engine.load)
         self._trunk = TrunkServer(
@@ -61,34 +65,48 @@ class ModelServer:
         )
         host = "127.0.0.1" if settings.loopback else ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
         self._address = await self._trunk.start(host)
-        self._watching = asyncio.create_task(self._end_with_engine(), name="engine watch")
+        self._watching = asyncio.create_task(self._end_with(self._engine, self._trunk), name="engine watch")
         log.info("replica ready", model=settings.model, replica=self._id, trunk=self._address)
 
     def record_replica_metadata(self) -> dict[str, Any]:
         """Serve pushes this to the routers once the replica is ready."""
         return {TRUNK: list(self._address)}
 
+    async def check_health(self) -> None:
+        """Serve replaces a replica whose engine has died, should it not have ended by itself."""
+        if self._watching is not None and self._watching.done():
+            raise RuntimeError("the engine has died")
+
     async def metrics(self) -> tuple[str, Exposition]:
         """This process's samples, its engine's among them, and whose they are."""
         return self._id, await asyncio.to_thread(render, REGISTRY, self._id)
 
     async def __del__(self) -> None:
-        """Serve awaits this before it ends the process: let the streams end, then free the engine."""
-        log.info("replica drains", replica=self._id)
-        self._watching.cancel()
-        try:
-            async with asyncio.timeout(self._drain_s):
-                await self._trunk.drain()
-        except TimeoutError:
-            log.warning("streams are cut off", replica=self._id, drain_s=self._drain_s)
-        await self._trunk.close()
-        await self._engine.close()
+        """Serve awaits this before it ends the process, also where `__init__` failed: let the streams end,
+        then free what there is."""
+        if self._watching is not None:
+            self._watching.cancel()
+        if self._trunk is not None:
+            await self._drain(self._trunk)
+        if self._engine is not None:
+            await self._engine.close()
         log.info("replica ends", replica=self._id)
 
-    async def _end_with_engine(self) -> None:
+    async def _drain(self, trunk: TrunkServer) -> None:
+        log.info("replica drains", replica=self._id)
+        try:
+            async with asyncio.timeout(self._settings.drain_s):
+                await trunk.drain()
+        except TimeoutError:
+            log.warning("streams are cut off", replica=self._id, drain_s=self._settings.drain_s)
+        await trunk.close()
+
+    async def _end_with(self, engine: Engine, trunk: TrunkServer) -> None:
         """A replica without its engine is worth nothing: end at once, so that Serve starts another."""
-        error: EngineDead = await self._engine.died()
+        error: EngineDead = await engine.died()
         log.error("engine died", replica=self._id, error=str(error))
-        await self._trunk.close()
-        orphans.end_children()
-        os._exit(1)
+        try:
+            await trunk.close()
+            orphans.end_children()
+        finally:
+            os._exit(1)

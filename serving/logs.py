@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 import msgspec
 import structlog
@@ -28,6 +29,23 @@ def configure(role: str, directory: Path | None) -> None:
             structlog.processors.format_exc_info,
             lambda _logger, _method, event: encoder.encode({"role": role, **event}),
         ],
-        logger_factory=structlog.BytesLoggerFactory(file),
+        logger_factory=structlog.BytesLoggerFactory(cast("BinaryIO", LossyFile(file))),
         cache_logger_on_first_use=True,
     )
+
+
+class LossyFile:
+    """A file that loses what cannot be written: a full disk must not stop the serving."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+
+    def write(self, line: bytes) -> None:
+        """Write, or not."""
+        with suppress(OSError):
+            self._file.write(line)
+
+    def flush(self) -> None:
+        """Flush, or not."""
+        with suppress(OSError):
+            self._file.flush()

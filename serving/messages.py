@@ -21,7 +21,14 @@ PROTOCOL = 1
 MAX_FRAME = 64 * 1024 * 1024
 """Bytes. A longer frame is a broken peer: the largest request body is far below it."""
 
+HANDSHAKE_LIMIT = 4096
+"""Bytes that a frame may have before its sender has proven itself."""
+
 _LENGTH = struct.Struct(">I")
+
+
+DRAINING = "draining"
+"""The code of a refusal by a replica that is shutting down: the router asks another one."""
 
 
 class FrameTooLong(ValueError):
@@ -103,14 +110,14 @@ class Usage(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Accepted(msgspec.Struct, frozen=True, array_like=True, tag=1):
-    """The replica will generate; from here on the stream ends with `Ended`."""
+    """The engine has the request."""
 
     stream: int
     prompt_tokens: int
 
 
 class Refused(msgspec.Struct, frozen=True, array_like=True, tag=2):
-    """The replica will not generate, and why, in words for the client. Ends the stream."""
+    """The replica will not generate, or not to the end, and why, in words for the client. Ends the stream."""
 
     stream: int
     status: int
@@ -129,7 +136,8 @@ class Chunk(msgspec.Struct, frozen=True, array_like=True, tag=3, gc=False):
 
 
 class Ended(msgspec.Struct, frozen=True, array_like=True, tag=4):
-    """The last bytes of a stream and its outcome. A failed one has no bytes: the router words the error."""
+    """The last bytes of a stream and what was used. `failed`: the engine has died under it, there are no
+    bytes, and another replica may do better."""
 
     stream: int
     data: bytes

@@ -28,8 +28,9 @@ class TrunkSettings(Settings):
 
     @model_validator(mode="after")
     def _beats_in_time(self) -> Self:
-        if self.silence_s < 2 * self.heartbeat_s:
-            raise ValueError("silence_s of at least twice heartbeat_s")
+        # An end that is well may be quiet for almost two heartbeats.
+        if self.silence_s < 3 * self.heartbeat_s:
+            raise ValueError("silence_s of at least three times heartbeat_s")
         return self
 
 

@@ -23,9 +23,6 @@ from serving.settings import TrunkSettings
 
 log = structlog.get_logger(__name__)
 
-HANDSHAKE_LIMIT = 4096
-"""Bytes that a frame may have before its sender has proven itself."""
-
 FRAME_DATA = 1024 * 1024
 """Bytes of stream data after which a frame is closed and the next one begun."""
 
@@ -120,7 +117,7 @@ class Connection(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         self._nonce = nonce()
         self._welcomed = False
-        self._reader = FrameReader(HANDSHAKE_LIMIT)
+        self._reader = FrameReader(messages.HANDSHAKE_LIMIT)
         self._events: list[Event] = []
         self._gathered = 0
         self._flush_scheduled = False
@@ -206,7 +203,7 @@ class Connection(asyncio.Protocol):
         self.streams[message.stream] = stream
         self._server.count_streams(1)
         if self._server.draining:
-            stream.refused(Refusal("the replica is shutting down", status=503))
+            stream.refused(Refusal("the replica is shutting down", status=503, code=messages.DRAINING))
         else:
             stream.start()
 
@@ -262,7 +259,7 @@ class Connection(asyncio.Protocol):
             stream.report_progress()
         self._silent_beats += 1
         settings = self._server.settings
-        if self._silent_beats * settings.heartbeat_s > settings.silence_s:
+        if self._silent_beats * settings.heartbeat_s >= settings.silence_s:
             log.warning("trunk lost: the router is silent", router=self.router)
             self.abort()
         elif self._welcomed and not self._report_load() and not self._spoke:

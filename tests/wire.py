@@ -64,15 +64,23 @@ class Wire:
     def post(self, body: dict[str, Any]) -> None:
         """Send a chat completion request."""
         content = json.dumps(body).encode()
-        self.send(
-            b"POST /v1/chat/completions HTTP/1.1\r\nhost: test\r\ncontent-type: application/json\r\n"
-            b"content-length: %d\r\n\r\n" % len(content)
-        )
+        self.post_head(len(content))
         self.send(content)
+
+    def post_head(self, length: int, content_type: str = "application/json") -> None:
+        """Send the head of a chat completion request whose body has so many bytes."""
+        self.send(
+            b"POST /v1/chat/completions HTTP/1.1\r\nhost: test\r\ncontent-type: %b\r\n"
+            b"content-length: %d\r\n\r\n" % (content_type.encode(), length)
+        )
 
     def send(self, data: bytes) -> None:
         """Write as it is."""
         self._writer.write(data)
+
+    async def closed(self) -> bool:
+        """Whether the server closes the connection, with nothing more to say."""
+        return await soon(self._reader.read()) == b""
 
     def leave(self) -> None:
         """Drop the connection, whatever is still to come."""

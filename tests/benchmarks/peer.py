@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +58,12 @@ class Asked:
     head: str
     body: dict[str, Any]
     writer: asyncio.StreamWriter
+    reader: asyncio.StreamReader
+
+    async def gone(self) -> None:
+        """Return when the client has closed the connection."""
+        with suppress(ConnectionError):
+            await self.reader.read()
 
     async def say(self, *parts: bytes) -> None:
         """Send bytes as they are, a write for each part."""
@@ -110,6 +117,7 @@ class Peer:
         head = (await reader.readuntil(b"\r\n\r\n")).decode()
         length = re.search(r"content-length: (\d+)", head)
         assert length is not None
-        asked = Asked(len(self.asked), head, json.loads(await reader.readexactly(int(length[1]))), writer)
+        body = json.loads(await reader.readexactly(int(length[1])))
+        asked = Asked(len(self.asked), head, body, writer, reader)
         self.asked.append(asked)
         return asked

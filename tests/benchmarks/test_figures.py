@@ -53,3 +53,13 @@ def test_a_busy_generator_marks_its_run() -> None:
     assert cost.cpu_share == pytest.approx(0.7)
     assert cost.cpu_us_per_chunk == pytest.approx(70_000.0)
     assert not GeneratorCost.of(6.0, 10.0, answers).bounded
+
+
+def test_the_most_streams_at_once() -> None:
+    """A stream counts from its first text to its end; one that begins as another ends is not beside it."""
+    early, late = answered(0.5, [1.0], 2), answered(1.0, [2.0], 2)  # 0.5 to 1.5, and 1 to 3
+    next_one, whole = answered(1.5, [1.0], 2), answered(0.0, [], 1)
+    whole.chunks = []
+    shown = figures([late, early, next_one, whole], duration=1.0)
+    assert shown["max_streaming"] == 2
+    assert figures([], duration=1.0)["max_streaming"] == 0

@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 
 from benchmarks import load
 from benchmarks.answer import Answer, StreamReader
-from benchmarks.client import Target
+from benchmarks.client import Client, Target
 from benchmarks.load import Plan, run
+from benchmarks.points import wait
 from benchmarks.result import Result
 from benchmarks.workload import Workload
 from tests.benchmarks.peer import (
@@ -237,6 +238,28 @@ async def test_finish_and_usage_may_come_with_the_last_text(serve: Serve) -> Non
     result = await loaded(peer)
     assert not result.failures
     assert result.figures["total_output_tokens"] == 2
+
+
+async def test_a_client_can_leave_in_mid_answer(serve: Serve) -> None:
+    """Who holds an answer sees it grow, and the server sees the client leave as soon as the asking is
+    cancelled."""
+    left = asyncio.Event()
+
+    async def endless(asked: Asked) -> None:
+        await asked.say(HEAD, framed(ROLE), framed(chunk("a")))
+        await asked.gone()
+        left.set()
+
+    peer = await serve(endless)
+    target = Target("127.0.0.1", peer.port)
+    client, answer = Client(target), Answer(started=0.0)
+    asking = asyncio.create_task(
+        client.ask(WORK.requests(target)[0], stream=True, limit=DEADLINE, into=answer)
+    )
+    await wait(lambda: bool(answer.chunks), "text")
+    asking.cancel()
+    await asyncio.wait_for(left.wait(), DEADLINE)
+    assert answer.failure is None
 
 
 # ---- failures -----------------------------------------------------------------------------------------

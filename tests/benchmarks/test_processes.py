@@ -6,12 +6,14 @@ import asyncio
 import os
 import re
 import sys
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
-from benchmarks.processes import NoProcess, Watch, listeners
+from benchmarks.points import wait
+from benchmarks.processes import NoProcess, Watch, descendants, listeners, lives, session
 
 DEADLINE = 30.0
 CPU_SECONDS = 0.3
@@ -34,6 +36,13 @@ end = time.process_time() + {CPU_SECONDS}
 while time.process_time() < end: pass
 print("child worked", flush=True)
 sys.stdin.readline()
+"""
+
+
+LEADER = """
+import signal, subprocess, sys
+subprocess.Popen([sys.executable, "-c", "print('child started', flush=True); input()"])
+signal.pause()
 """
 
 
@@ -107,6 +116,26 @@ async def test_processes_that_come_and_go(server: Server) -> None:
     assert (ended.name, ended.cpu_seconds, ended.rss_bytes_after) == (child.name, None, None)
     with pytest.raises(NoProcess, match=f"no process with the id {child.pid}"):
         Watch([child.pid])
+
+
+async def test_an_orphan_stays_in_its_session() -> None:
+    """What a process has started belongs to its session, alive, after its own end, and until the other's."""
+    pipe = asyncio.subprocess.PIPE
+    leader = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", LEADER, stdin=pipe, stdout=pipe, start_new_session=True
+    )
+    server = Server(leader)
+    assert await server.says() == "child started"
+    (child,) = descendants(leader.pid)
+    assert {process.pid for process in session(leader.pid)} == {leader.pid, child.pid}
+    assert time.perf_counter() - DEADLINE < child.began <= time.perf_counter()
+    leader.kill()
+    await leader.wait()
+    assert [process.pid for process in session(leader.pid)] == [child.pid]
+    assert lives(child)
+    server.input.close()
+    await wait(lambda: not lives(child), "the child's end")
+    assert session(leader.pid) == []
 
 
 def test_the_one_that_asks_is_left_out() -> None:

@@ -308,7 +308,7 @@ def test_the_shortest_file_has_every_default(tmp_path: Path) -> None:
     """One echo model is a whole configuration, on loopback."""
     config = loaded(tmp_path, ECHO)
     router = config.router_settings
-    assert (router.listen.host, router.listen.port, router.routers) == ("127.0.0.1", 8000, 1)
+    assert (router.listen.host, router.listen.port, config.routers) == ("127.0.0.1", 8000, 1)
     assert config.ray.address == "local"
     [hosted] = router.models
     assert (hosted.name, hosted.default_max_tokens) == ("e", 24)

@@ -59,7 +59,7 @@ class Model:
 
     def ask(self, timeout_s: float = PATIENCE_S) -> asyncio.Task[TrunkStream]:
         """A request on its way."""
-        return asyncio.create_task(self.router.generate(chat(), timeout_s))
+        return asyncio.create_task(self.router.generate(chat(), timeout_s, lambda _: None))
 
 
 @pytest_asyncio.fixture

@@ -287,14 +287,14 @@ async def test_a_stream_that_the_engine_fails_is_lost(line: Line) -> None:
 
 
 async def test_a_refusal_is_told_in_the_replicas_words(line: Line) -> None:
-    """A refused stream raises the refusal with its status, and 503 that the replica is leaving."""
+    """A refused stream raises the refusal with its status, and where the replica drains, that it leaves."""
     stream, number = await line.submit()
     line.send(Refused(number, 400, "too long", "messages", "context_length_exceeded"))
     with pytest.raises(ApiError, match="too long") as refusal:
         await soon(stream.started())
     assert (refusal.value.status, refusal.value.param) == (400, "messages")
     stream, number = await line.submit()
-    line.send(Refused(number, 503, "shutting down"))
+    line.send(Refused(number, 503, "shutting down", None, messages.DRAINING))
     with pytest.raises(Leaving):
         await soon(stream.started())
 
@@ -466,15 +466,25 @@ async def test_garbage_ends_the_trunk_that_it_came_over(sent: list[bytes]) -> No
 
 
 async def test_a_request_counts_as_work_until_the_replica_reports_it(line: Line) -> None:
-    """What was submitted since the last report is expected work, by its choices; a report includes it."""
+    """A request is expected work, by its choices, until a report that came after its acceptance: one that was
+    under way when it was sent does not include it."""
     line.trunk.submit(chat(n=3))
     line.trunk.submit(chat())
     assert line.trunk.unreported == 4
-    line.send(load=Load(4, 0, 0.1))
-    await until(lambda: line.trunk.load == Load(4, 0, 0.1))
+    line.send(load=Load(7))
+    await until(lambda: line.trunk.load == Load(7))
+    assert line.trunk.unreported == 4
+    line.send(Accepted(1, 5))
+    line.send(load=Load(10))
+    await until(lambda: line.trunk.load == Load(10))
+    assert line.trunk.unreported == 1
+    line.send(Accepted(2, 5), load=Load(11))
+    line.send(load=Load(12))
+    await until(lambda: line.trunk.load == Load(12))
     assert line.trunk.unreported == 0
-    line.trunk.submit(chat(n=2))
-    assert line.trunk.unreported == 2
+    for stream in list(line.trunk.streams.values()):
+        stream.close()
+    assert line.trunk.unreported == 0
 
 
 async def test_requests_that_come_and_go_between_two_reports_leave_nothing(line: Line) -> None:

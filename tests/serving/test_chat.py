@@ -239,15 +239,26 @@ async def test_a_whole_answer_has_a_bounded_size() -> None:
 
 @pytest.mark.parametrize("stream", [True, False])
 async def test_an_engine_that_gives_up_fails_the_answer(stream: bool) -> None:
-    """A failure after the start ends the answer as failed, with no bytes of its own and the usage so far."""
+    """An engine that dies after the start ends the answer as failed, with no bytes of its own and the usage
+    so far."""
     engine, outlet = HandEngine(), Recorder()
     await chat.generate(engine, request("one two", stream=stream), outlet)
     engine.say("half")
     before = outlet.data
-    engine.fail(RuntimeError("a path of ours"))
+    engine.fail(EngineDead("a path of ours"))
     assert outlet.failed
     assert outlet.data == before
     assert outlet.usage == Usage(2, 1)
+
+
+async def test_an_answer_that_fails_alone_is_an_internal_error() -> None:
+    """Where the engine lives and gives up on one request, its client learns of a fault and not of which."""
+    engine, outlet = HandEngine(), Recorder()
+    await chat.generate(engine, request("one two"), outlet)
+    engine.fail(RuntimeError("a path of ours"))
+    assert outlet.refusal is not None
+    assert (outlet.refusal.status, outlet.refusal.message) == (500, "internal error")
+    assert not outlet.failed
 
 
 async def test_an_engine_that_takes_no_request_says_why_only_to_those_who_may_know() -> None:

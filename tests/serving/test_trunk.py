@@ -16,7 +16,7 @@ from serving.engine import EngineDead, Refusal
 from serving.handshake import nonce, prove
 from serving.messages import Accepted, Cancel, Chat, Chunk, Ended, Frame, Message, Refused, Sampling, Submit
 from serving.settings import TrunkSettings
-from serving.trunk import FRAME_DATA, GATHERED_LIMIT, HANDSHAKE_LIMIT
+from serving.trunk import FRAME_DATA, GATHERED_LIMIT
 from tests.harness import HandEngine, Replica, echo_engine, replica
 from tests.peers import SECRET, BareRouter
 from tests.waiting import soon, until
@@ -126,7 +126,7 @@ async def test_a_stranger_cannot_make_the_replica_buffer(hand: Replica) -> None:
     """Before the handshake a frame longer than a handshake needs is refused with its length, unread."""
     router = await hand.dial()
     assert isinstance(await router.receive(), messages.Challenge)
-    router.writer.write(struct.pack(">I", HANDSHAKE_LIMIT + 1))
+    router.writer.write(struct.pack(">I", messages.HANDSHAKE_LIMIT + 1))
     assert await router.all() == []
 
 
@@ -366,7 +366,7 @@ async def test_a_stream_number_names_one_stream(hand: Replica) -> None:
     ("error", "told"),
     [
         (Refusal("no", status=422, param="p", code="c"), Refused(1, 422, "no", "p", "c")),
-        (OSError("/a/path of ours"), Refused(1, 500, "internal error")),
+        (OSError("/a/path of ours"), Refused(1, 500, "internal error", None, "internal_error")),
         (EngineDead("gone"), Ended(1, b"", 0, messages.Usage(0, 0), failed=True)),
     ],
     ids=["refusal", "fault", "death"],
@@ -394,6 +394,18 @@ async def test_an_engine_that_gives_up_fails_its_streams(hand: Replica, engine: 
     frames = await frames_until(router, {1, 2})
     ended = [e for f in frames for e in f.events if isinstance(e, Ended)]
     assert ended == [Ended(i, b"", 0, messages.Usage(6, 1), failed=True) for i in (1, 2)]
+
+
+async def test_a_request_that_fails_alone_is_not_taken_for_a_lost_engine(
+    hand: Replica, engine: HandEngine
+) -> None:
+    """Where the engine gives up on a request and lives, the router is not told to try another replica."""
+    router = await hand.router()
+    router.send(submit(1))
+    await until(lambda: len(engine.requests) == 1)
+    engine.fail(RuntimeError("a fault of ours"))
+    events = [event for frame in await frames_until(router, {1}) for event in frame.events]
+    assert events[-1] == Refused(1, 500, "internal error", None, "internal_error")
 
 
 async def test_progress_that_nobody_can_read_yet_is_told_once_a_heartbeat(
@@ -467,7 +479,7 @@ async def test_a_draining_replica_ends_what_it_has_and_begins_nothing(
         pass
     router.send(submit(2))
     (refused,) = (event for frame in await frames_until(router, {2}) for event in frame.events)
-    assert refused == Refused(2, 503, "the replica is shutting down")
+    assert refused == Refused(2, 503, "the replica is shutting down", None, messages.DRAINING)
     assert engine.seen == 1
     assert not draining.done()
 
