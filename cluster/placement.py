@@ -14,8 +14,6 @@ CONTROL_CALLS = 100
 CLOSE_S = 10.0
 """Seconds beyond the drain that a replica has to end its engine's processes before Serve kills it."""
 
-_VLLM_ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1"}
-
 
 class PlacementError(Exception):
     """The cluster has no room for the configuration; the text says what is missing, a line for each lack."""
@@ -68,8 +66,6 @@ def gpus_of(model: ModelConfig, gpus_by_node: Sequence[int]) -> int:
 def _placement(model: ModelConfig, gpus_by_node: Sequence[int]) -> Placement:
     gpus = gpus_of(model, gpus_by_node)
     actor: dict[str, Any] = {"num_cpus": model.cpus, "num_gpus": gpus}
-    if model.engine == "vllm":
-        actor["runtime_env"] = {"env_vars": _VLLM_ENVIRONMENT}
     options = {
         "num_replicas": model.replicas,
         "ray_actor_options": actor,

@@ -1,7 +1,7 @@
 """The requests that the router takes and the shapes that it answers in.
 
-The types below are at once the check, the text of every refusal and the OpenAPI document: what a message
-says was expected is read from the same schema that `/openapi.json` shows.
+The types below are at once the check and the text of every refusal: what a message says was expected is read
+from their JSON schema.
 """
 
 from __future__ import annotations
