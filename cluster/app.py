@@ -197,7 +197,8 @@ def wait_ready(config: Config, progress: Progress) -> None:
                     f"{names[application]} ready, {time.monotonic() - began:.0f} s ({ready}/{len(names)})"
                 )
             elif overview.status == ApplicationStatus.DEPLOY_FAILED:
-                raise StartFailed(f"{names[application]} could not be started:\n{_why(overview)}")
+                reason = _in_a_line(_why(overview))
+                raise StartFailed(f"{names[application]} could not be started: {reason}")
             elif (news := _in_a_line(_why(overview))) != said:
                 waiting[application] = news
                 progress(f"{names[application]}: {news}")

@@ -99,7 +99,7 @@ def _add_models(commands: Any) -> None:
 
 def port(text: str) -> int:
     """A TCP port out of the command line."""
-    if not text.isdecimal() or not 1 <= int(text[:6]) <= 65_535:
+    if not (text.isascii() and text.isdecimal()) or not 1 <= int(text[:6]) <= 65_535:
         raise argparse.ArgumentTypeError(f"expected a port from 1 to 65535, got {text!r}")
     return int(text)
 

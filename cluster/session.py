@@ -47,7 +47,8 @@ class Interruption:
     def __init__(self) -> None:
         self._came = False
         # Whoever starts us under nohup wants us to outlive the terminal.
-        self._signals = [number for number in self.SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        hung_up = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        self._signals = [number for number in self.SIGNALS if number != signal.SIGHUP or not hung_up]
 
     def listen(self) -> None:
         """Take the signals, from whoever has them. Raises KeyboardInterrupt for one that came before and was

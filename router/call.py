@@ -6,14 +6,15 @@ import asyncio
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
 import structlog
 from starlette.types import Receive, Scope, Send
 
 from router.errors import ApiError, BodyTooLarge, RequestTimeout, UnsupportedMediaType
+from router.http import DROP_UNREAD
 from router.metrics import ModelMetrics, Outcome, RequestMetrics, RouterMetrics
 from router.trunk import Piece, TrunkStream
 
@@ -131,35 +132,36 @@ class Call:
 
     async def answer(self, stream: TrunkStream) -> None:
         """Hand everything that the stream brings to the client. Raises what ends it early."""
-        piece = await stream.read()
-        await self._start(200, self._answer_headers(piece))
-        while True:
-            await self._write(piece.data, more=not piece.last)
-            self._handed_over(piece)
-            if piece.last:
-                self._outcome = "completed"
-                return
+        async with interruptible() as interrupt:
             piece = await stream.read()
+            await self._start(200, self._answer_headers(piece))
+            stream.overflowed = interrupt
+            while True:
+                await self._write(piece.data, more=not piece.last)
+                self._handed_over(piece)
+                if piece.last:
+                    self._outcome = "completed"
+                    return
+                piece = await stream.read()
 
     async def fail(self, error: ApiError) -> None:
         """Tell the client why there is no answer, or no more of it."""
         self._error = error.code or error.type
         if self._begun:
             self._outcome = "failed"
+            # A client that has stopped reading must hold neither the request nor its connection for ever.
+            self._scope["state"][DROP_UNREAD](LAST_EVENT_S)
             # Where this is not written, uvicorn drops the connection of the answer that was left incomplete.
             # So it does for a whole answer, which has no place for an error.
             if self.streamed:
-                # A client that has stopped reading must not hold the request for ever.
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(LAST_EVENT_S):
-                        await self._write(error.event(), more=False)
+                await self._write(error.event(), more=False)
             return
         self._outcome = "failed" if self._stream is not None and self._stream.accepted else "refused"
         body = error.body()
         extra = [(name.encode(), value.encode()) for name, value in error.headers.items()]
         if error.status == 408:
-            # The rest of the body may never come. That of one which is too long does, and uvicorn drops it:
-            # to close now would reset the connection, and a client that still sends would not see why.
+            # The rest of the body may never come. That of one which is too long does, and is dropped for a
+            # while: to close now would reset the connection, and a client that still sends would not see why.
             extra.append((b"connection", b"close"))
         await self._start(error.status, _json_headers(len(body)) + extra)
         await self._write(body, more=False)
@@ -224,6 +226,25 @@ class Call:
                 metrics.chunk(piece.tokens, now)
             else:
                 metrics.body(piece.tokens)
+
+
+@asynccontextmanager
+async def interruptible() -> AsyncIterator[Callable[[Exception], None]]:
+    """Gives what raises an exception in the block, wherever it waits."""
+    error: Exception | None = None
+    try:
+        async with asyncio.timeout(None) as block:
+
+            def interrupt(why: Exception) -> None:
+                nonlocal error
+                error = why
+                block.reschedule(0)
+
+            yield interrupt
+    except TimeoutError:
+        if error is None:
+            raise
+        raise error from None
 
 
 def _json_headers(length: int) -> Headers:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import structlog
-import uvicorn
 from prometheus_client import REGISTRY
 from ray import serve
 from ray.serve.handle import DeploymentHandle
@@ -17,6 +16,7 @@ from ray.serve.schema import ApplicationStatus
 
 from router.app import Application
 from router.discovery import watch
+from router.http import uvicorn_server
 from router.settings import Listen, RouterSettings
 from serving import logs
 from serving.exposition import Exposition, merge, render
@@ -50,7 +50,7 @@ class RouterServer:
             watch(model.settings.application, model.replicas.listed)
             for model in self._application.catalog.models
         ]
-        self._server = uvicorn_server(self._application)
+        self._server = uvicorn_server(self._application, settings.limits, settings.timeouts)
         self._serving = asyncio.create_task(self._server.serve([listening_socket(settings.listen)]))
         self._tasks = [asyncio.create_task(self._tick()), asyncio.create_task(self._watch_states())]
         log.info("router ready", router=self._id, listen=f"{settings.listen.host}:{settings.listen.port}")
@@ -117,24 +117,6 @@ async def _ask(handle: DeploymentHandle[Any]) -> list[tuple[str, Exposition]]:
         log.warning("not scraped", deployment=handle.deployment_id.app_name, error=repr(error))
         return []
     return [answer for answer in answers if not isinstance(answer, BaseException)]
-
-
-def uvicorn_server(application: Application) -> uvicorn.Server:
-    """An HTTP server that leaves the event loop, signals and logs to us."""
-    return uvicorn.Server(
-        uvicorn.Config(
-            application,
-            loop="none",
-            http="httptools",
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            timeout_keep_alive=75,
-            backlog=4096,
-        )
-    )
 
 
 def listening_socket(listen: Listen) -> socket.socket:

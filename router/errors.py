@@ -1,23 +1,26 @@
 """Every way in which the router says no, and how the client reads it.
 
     ApiError
-    ├── InvalidRequest        400
-    ├── ModelNotFound         404
-    ├── UnknownPath           404
-    ├── MethodNotAllowed      405  with Allow
-    ├── RequestTimeout        408
-    ├── BodyTooLarge          413
-    ├── UnsupportedMediaType  415
-    ├── SlowReader            499  only ever an event: bytes had gone out
-    ├── InternalError         500
-    ├── FirstTokenTimeout     504
-    ├── Stalled               504
-    ├── TotalTimeout          504
-    └── RetryLater                 with Retry-After
-        ├── Overloaded        429
-        ├── NoReplica         503
-        ├── ReplicaLost       503
-        └── ShuttingDown      503
+    ├── InvalidRequest          400
+    ├── MalformedRequest        400
+    ├── ModelNotFound           404
+    ├── UnknownPath             404
+    ├── MethodNotAllowed        405  with Allow
+    ├── RequestTimeout          408
+    ├── BodyTooLarge            413
+    ├── UnsupportedMediaType    415
+    ├── HeadersTooLarge         431
+    ├── SlowReader              499  only ever an event: bytes had gone out
+    ├── InternalError           500
+    ├── FirstTokenTimeout       504
+    ├── Stalled                 504
+    ├── TotalTimeout            504
+    └── RetryLater                   with Retry-After
+        ├── Overloaded          429
+        ├── NoReplica           503
+        ├── ReplicaLost         503
+        ├── ShuttingDown        503
+        └── TooManyConnections  503
 
 Before a byte of the answer has gone out an error is a status and `body()`; after that it is the stream's
 last `event()`. Both carry OpenAI's envelope. Messages are for the client: they name what it sent and what it
@@ -99,6 +102,16 @@ class InvalidRequest(ApiError):
     code = "invalid_value"
 
 
+class MalformedRequest(ApiError):
+    """What came is not HTTP."""
+
+    status = 400
+    code = "malformed_request"
+
+    def __init__(self) -> None:
+        super().__init__("this is not a request of HTTP/1.1")
+
+
 class ModelNotFound(ApiError):
     """No model of that name."""
 
@@ -135,13 +148,13 @@ class MethodNotAllowed(ApiError):
 
 
 class RequestTimeout(ApiError):
-    """The body came too slowly."""
+    """The body, or another part of the request, came too slowly."""
 
     status = 408
     code = "request_timeout"
 
-    def __init__(self, seconds: float) -> None:
-        super().__init__(f"the body did not arrive within {seconds:g} s")
+    def __init__(self, seconds: float, part: str = "body") -> None:
+        super().__init__(f"the {part} did not arrive within {seconds:g} s")
 
 
 class BodyTooLarge(ApiError):
@@ -163,6 +176,16 @@ class UnsupportedMediaType(ApiError):
     def __init__(self, content_type: str | None) -> None:
         said = f", not {shown(content_type)}" if content_type else ""
         super().__init__(f"content-type must be application/json{said}")
+
+
+class HeadersTooLarge(ApiError):
+    """What comes before the body is over the limit."""
+
+    status = 431
+    code = "headers_too_large"
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(f"the request line and the headers are longer than {limit} bytes")
 
 
 class SlowReader(ApiError):
@@ -262,6 +285,16 @@ class ShuttingDown(RetryLater):
 
     def __init__(self) -> None:
         super().__init__("the server is shutting down")
+
+
+class TooManyConnections(RetryLater):
+    """The server has as many connections open as it may."""
+
+    status = 503
+    code = "too_many_connections"
+
+    def __init__(self) -> None:
+        super().__init__("the server has as many connections as it may have")
 
 
 def from_refusal(refused: Refused) -> ApiError:

@@ -60,6 +60,12 @@ class ModelLimits(Settings):
 class Limits(ModelLimits):
     """What a router process accepts, and what each of its models may hold unless the model says otherwise."""
 
+    connections: int = Field(
+        16_384, ge=1, le=1_000_000, description="Connections of clients that are open at once."
+    )
+    header_bytes: int = Field(
+        65_536, ge=1024, le=1024**2, description="Bytes of a request line and its headers."
+    )
     body_bytes: int = Field(4 * 1024 * 1024, ge=1024, le=LONGEST_BODY, description="Bytes of a request body.")
 
 
@@ -81,6 +87,12 @@ class ModelTimeouts(Settings):
 class Timeouts(ModelTimeouts):
     """How long a router process waits, and its models unless a model says otherwise."""
 
+    header_s: Seconds = Field(
+        30.0, description="For a request's headers to arrive, or the rest of a body that is answered already."
+    )
+    reader_s: Seconds = Field(
+        60.0, description="For a client to take any of what its connection holds for it."
+    )
     body_s: Seconds = Field(30.0, description="For the whole of a request body to arrive.")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter
 from typing import NamedTuple, cast
@@ -237,6 +238,7 @@ class TrunkStream:
         "_trunk",
         "_waiter",
         "accepted",
+        "overflowed",
         "prompt_tokens",
         "usage",
     )
@@ -246,6 +248,9 @@ class TrunkStream:
         """Whether the replica's engine has the request."""
         self.prompt_tokens = 0
         self.usage: Usage | None = None
+        self.overflowed: Callable[[SlowReader], None] | None = None
+        """Told when the stream is given up because it is not read: its reader is held up where `read` cannot
+        tell it."""
         self._trunk = trunk
         self._number = number
         self._sequences = sequences
@@ -340,7 +345,10 @@ class TrunkStream:
             self._size += len(data)
             self._tokens += tokens
             if self._size > self._trunk.options.stream_buffer_bytes and not self._ended:
-                self._stop(SlowReader(self._trunk.options.stream_buffer_bytes))
+                error = SlowReader(self._trunk.options.stream_buffer_bytes)
+                self._stop(error)
+                if self.overflowed is not None:
+                    self.overflowed(error)
 
     def _stop(self, error: Exception) -> None:
         """Give the request up from our side: the engine is told, the reader finds `error`."""

@@ -100,6 +100,10 @@ class Wire:
         await self.head()
         return await soon(self._reader.readexactly(int(self.headers["content-length"])))
 
+    async def some(self, most: int) -> bytes:
+        """Read what there is, but not more than that many bytes."""
+        return await soon(self._reader.read(most))
+
     async def event(self) -> bytes:
         """The data of the next event; empty at the end of the body. Raises IncompleteReadError where the
         body is cut off."""

@@ -17,17 +17,12 @@ def report(pytestconfig: pytest.Config) -> Report:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def terminal() -> Iterator[None]:
-    """Gives the servers the signals that a terminal's shell would: who runs the tests in the background may have
-    had them ignored, and whoever ignores a signal starts everything else so."""
-    ignored = [
-        number for number in (signal.SIGINT, signal.SIGHUP) if signal.getsignal(number) == signal.SIG_IGN
-    ]
-    for number in ignored:
-        signal.signal(number, signal.SIG_DFL)
+def interruptible() -> Iterator[None]:
+    """Lets Ctrl-C reach the servers: a shell's background jobs ignore it, these tests may be one, and whoever
+    ignores a signal starts everything else so."""
+    found = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
-    for number in ignored:
-        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, found)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

@@ -29,8 +29,8 @@ def test_a_start_can_be_interrupted(tmp_path: Path, number: int, step: str) -> N
 
 
 def test_a_lost_interrupt_is_found() -> None:
-    """An interrupt that comes in the middle of a fork, where Python drops what it raises, still ends the start
-    at its next step."""
+    """An interrupt that comes in the middle of a fork, where Python drops what it raises, still ends the
+    start, at its next step."""
     code = """
 import os, signal
 from cluster.session import Interruption

@@ -15,6 +15,7 @@ from serving.messages import Refused
 
 EVERY_ERROR: list[tuple[ApiError, int, str, str]] = [
     (errors.InvalidRequest("n must be", param="n"), 400, "invalid_request_error", "invalid_value"),
+    (errors.MalformedRequest(), 400, "invalid_request_error", "malformed_request"),
     (errors.ModelNotFound("gpt-9"), 404, "invalid_request_error", "model_not_found"),
     (errors.UnknownPath("/v1/embeddings"), 404, "invalid_request_error", "unknown_url"),
     (
@@ -26,12 +27,14 @@ EVERY_ERROR: list[tuple[ApiError, int, str, str]] = [
     (errors.RequestTimeout(30.0), 408, "invalid_request_error", "request_timeout"),
     (errors.BodyTooLarge(1024), 413, "invalid_request_error", "body_too_large"),
     (errors.UnsupportedMediaType("text/plain"), 415, "invalid_request_error", "unsupported_media_type"),
+    (errors.HeadersTooLarge(1024), 431, "invalid_request_error", "headers_too_large"),
     (errors.Overloaded("m", retry_after=3.2), 429, "rate_limit_error", "overloaded"),
     (errors.SlowReader(1024), 499, "invalid_request_error", "slow_reader"),
     (errors.InternalError(), 500, "server_error", "internal_error"),
     (errors.NoReplica("m"), 503, "server_error", "no_replica"),
     (errors.ReplicaLost(), 503, "server_error", "replica_lost"),
     (errors.ShuttingDown(), 503, "server_error", "shutting_down"),
+    (errors.TooManyConnections(), 503, "server_error", "too_many_connections"),
     (errors.FirstTokenTimeout(300.0), 504, "server_error", "first_token_timeout"),
     (errors.Stalled(60.0), 504, "server_error", "stalled"),
     (errors.TotalTimeout(3600.0), 504, "server_error", "total_timeout"),

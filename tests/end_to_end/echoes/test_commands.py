@@ -22,13 +22,14 @@ def test_status_shows_each_model(server: Server) -> None:
 
 
 def test_models_lists_every_name(server: Server) -> None:
-    """`trunkline models` has a line for each name, aliases among them, and with --json the API's answer."""
+    """`trunkline models` has a line for each name, aliases among them, and with --json what the API says
+    of them."""
     models = trunkline("models", "--url", server.url)
     assert models.returncode == 0, models.stderr
     assert [line.split()[0] for line in models.stdout.splitlines()[1:]] == [ECHO, QUICK, ALIAS, PAIR, LONE]
     listed = json.loads(trunkline("models", "--url", server.url, "--json").stdout)
-    assert [model["id"] for model in listed["data"]] == [ECHO, QUICK, ALIAS, PAIR, LONE]
-    assert listed["data"][0]["description"] == "As fast as the machine allows."
+    assert [model["id"] for model in listed] == [ECHO, QUICK, ALIAS, PAIR, LONE]
+    assert listed[0]["description"] == "As fast as the machine allows."
 
 
 def test_a_second_server_is_refused(server: Server, tmp_path: Path) -> None:

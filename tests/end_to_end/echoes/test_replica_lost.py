@@ -3,6 +3,9 @@ from __future__ import annotations
 import asyncio
 import time
 
+import openai
+import pytest
+
 from tests.end_to_end.client import Exchange, ask, asking, chat
 from tests.end_to_end.conftest import Report
 from tests.end_to_end.echoes import ECHO, LONE, PAIR
@@ -22,7 +25,7 @@ async def test_a_request_without_a_byte_is_retried(server: Server) -> None:
             tasks.create_task(ask(server, body, {"x-request-id": name}))
             for body, name in zip(bodies, ids, strict=True)
         ]
-        await asyncio.to_thread(until, lambda: in_flight(server) == 16 and busy(server), 2.5, "all of them")
+        await asyncio.to_thread(until, lambda: in_flight(server) == 16 and busy(server), 4.5, "all of them")
         server.replicas(PAIR)[victim].kill()
     for number, answer in enumerate(answers):
         assert answer.result().status == 200
@@ -77,6 +80,23 @@ async def test_a_request_waits_for_a_replica(server: Server, report: Report) -> 
         assert task.result().text() == TEXT
     took = max(task.result().ended_at for task in waiting) - killed_at
     report("echo killed: waiting requests answered after", f"{took:.1f} s")
+
+
+async def test_the_sdk_raises_where_a_stream_breaks(server: Server) -> None:
+    """The openai SDK raises its own error, with our code, for a stream that ends before its time."""
+    (process,) = server.replicas(LONE).values()
+    async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0) as client:
+        stream = await client.chat.completions.create(
+            model=LONE, messages=[{"role": "user", "content": "a b c d"}], max_tokens=1000, stream=True
+        )
+        assert (await anext(stream)).choices[0].delta.content == "a"
+        process.kill()
+        with pytest.raises(openai.APIError) as broken:
+            async for _ in stream:
+                pass
+    assert broken.value.code == "replica_lost"
+    again = await ask(server, chat(LONE, "a b c d", max_tokens=20))
+    assert again.text() == TEXT
 
 
 async def read(server: Server, body: dict[str, object], begun: asyncio.Event) -> Exchange:
