@@ -146,7 +146,6 @@ class EchoEngine:
         ]
         self._requests[request_id] = set(sequences)
         self._waiting.update(dict.fromkeys(sequences))
-        self._measure()
         self._work.set()
 
     def cancel(self, request_id: str) -> None:
