@@ -60,7 +60,7 @@ class Machine:
             cpu=model[1] if model else platform.machine(),
             cores=len(os.sched_getaffinity(0)),
             memory_bytes=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
-            kernel=platform.release(),
+            kernel=platform.release().partition("-")[0],
             python=platform.python_version(),
         )
 
