@@ -173,7 +173,7 @@ def deploy_routers(config: Config, secret: bytes, log_dir: Path | None) -> None:
         max_ongoing_requests=CONTROL_CALLS,
         health_check_period_s=1.0,
         graceful_shutdown_wait_loop_s=0.1,
-        graceful_shutdown_timeout_s=config.router_settings.drain_s + CLOSE_S,
+        graceful_shutdown_timeout_s=config.drain_s + CLOSE_S,
     )
     target = RunTarget(
         deployment(RouterServer).bind(config.router_settings, secret, log_dir), name=ROUTER, route_prefix=None
@@ -207,9 +207,9 @@ def wait_ready(config: Config, progress: Progress) -> None:
 
 def delete(config: Config) -> None:
     """Take the routers down, whose running answers may end, then the models."""
-    drain_s = max(model.drain_s for model in config.models) + CLOSE_S
-    _delete([ROUTER], drain_s)
-    _delete([model.application for model in config.models], drain_s)
+    timeout_s = config.drain_s + CLOSE_S
+    _delete([ROUTER], timeout_s)
+    _delete([model.application for model in config.models], timeout_s)
 
 
 def _delete(applications: Sequence[str], timeout_s: float) -> None:

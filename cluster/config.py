@@ -162,12 +162,17 @@ class Config(Settings):
     models: Annotated[tuple[ModelConfig, ...], Field(strict=False), AfterValidator(_not_none)]
 
     @property
+    def drain_s(self) -> float:
+        """Seconds that a router's answers may take to end: as long as those of its slowest model."""
+        return max(model.drain_s for model in self.models)
+
+    @property
     def router_settings(self) -> RouterSettings:
         """What every router process is told."""
         return RouterSettings(
             created=int(time.time()),
             listen=self.listen,
-            drain_s=max(model.drain_s for model in self.models),
+            drain_s=self.drain_s,
             models=tuple(map(self._hosted, self.models)),
             limits=self.limits,
             timeouts=self.timeouts,

@@ -83,6 +83,8 @@ class RouterServer:
         # Without its trunk a stream ends with an error event.
         await self._application.close()
         await asyncio.wait([self._serving], timeout=LAST_WORDS_S)
+        for task in self._tasks:
+            task.cancel()
         log.info("router ends", router=self._id)
 
     async def _tick(self) -> None:
