@@ -1,6 +1,7 @@
 """The composition root: what a configuration becomes on Ray.
 
-One Serve application for each model, so that one can change without the others, and one for the routers.
+One Serve application for each model that runs here, so that one can change without the others, and one for
+the routers.
 """
 
 from __future__ import annotations
@@ -109,7 +110,7 @@ def deployed(config: Config, log_dir: Path | None, progress: Progress) -> Iterat
 
 def refuse_second(config: Config) -> None:
     """Raises StartFailed where this Ray cluster has a deployment of ours already: it would be replaced."""
-    taken = serve.status().applications.keys() & {ROUTER, *(model.application for model in config.models)}
+    taken = serve.status().applications.keys() & {ROUTER, *(model.application for model in config.hosted)}
     if taken:
         raise StartFailed(
             f"ray.address: this Ray cluster runs Trunkline already (applications {', '.join(sorted(taken))});"
@@ -118,12 +119,13 @@ def refuse_second(config: Config) -> None:
 
 
 def deploy_models(config: Config, secret: bytes, log_dir: Path | None) -> None:
-    """One application for each model; returns at once. Raises StartFailed where there is no room."""
+    """One application for each model that runs here; returns at once. Raises StartFailed where there is no
+    room."""
     nodes = ray.nodes()  # type: ignore[no-untyped-call]
     resources = [node["Resources"] for node in nodes if node["Alive"]]
     try:
         placements = place(
-            config.models,
+            config.hosted,
             [int(node.get("GPU", 0)) for node in resources],
             [float(node.get("CPU", 0)) for node in resources],
         )
@@ -132,9 +134,12 @@ def deploy_models(config: Config, secret: bytes, log_dir: Path | None) -> None:
     local = config.ray.address == "local"
     targets = [
         _model_target(model, placement, config, secret, log_dir, loopback=local)
-        for model, placement in zip(config.models, placements, strict=True)
+        for model, placement in zip(config.hosted, placements, strict=True)
     ]
-    serve.run_many(targets, wait_for_ingress_deployment_creation=True, wait_for_applications_running=False)
+    if targets:  # Serve refuses to run nothing
+        serve.run_many(
+            targets, wait_for_ingress_deployment_creation=True, wait_for_applications_running=False
+        )
 
 
 def _model_target(
@@ -182,9 +187,9 @@ def deploy_routers(config: Config, secret: bytes, log_dir: Path | None) -> None:
 
 
 def wait_ready(config: Config, progress: Progress) -> None:
-    """Return when the routers and every model run. Raises StartFailed when one of them cannot."""
+    """Return when the routers and every model here run. Raises StartFailed when one of them cannot."""
     began = time.monotonic()
-    names = {model.application: f"model {model.name}" for model in config.models} | {ROUTER: "router"}
+    names = {model.application: f"model {model.name}" for model in config.hosted} | {ROUTER: "router"}
     waiting = dict.fromkeys(names, "")
     while waiting:
         applications = serve.status().applications
@@ -209,7 +214,7 @@ def delete(config: Config) -> None:
     """Take the routers down, whose running answers may end, then the models."""
     timeout_s = config.drain_s + CLOSE_S
     _delete([ROUTER], timeout_s)
-    _delete([model.application for model in config.models], timeout_s)
+    _delete([model.application for model in config.hosted], timeout_s)
 
 
 def _delete(applications: Sequence[str], timeout_s: float) -> None:

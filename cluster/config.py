@@ -17,10 +17,12 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError, field_validator
 
-from cluster import strict_yaml
+from cluster import environment, strict_yaml
 from cluster.faults import ConfigError, Fault, fault, field_at, nearest, shown
 from cluster.table import table
+from cluster.upstream import HOSTED_ONLY, UpstreamConfig, key_faults
 from router.settings import (
+    AnswerSettings,
     HostedModel,
     Limits,
     Listen,
@@ -29,6 +31,7 @@ from router.settings import (
     ModelTimeouts,
     RouterSettings,
     Timeouts,
+    UpstreamModel,
     is_host,
 )
 from serving import source, vllm_arguments
@@ -96,16 +99,27 @@ class RayConfig(Settings):
         return address
 
 
-class ModelConfig(Settings):
-    """One model: what runs it, how often, and what clients are told about it."""
+class ModelConfig(AnswerSettings):
+    """One model: what answers for it, how often it runs, and what clients are told about it."""
 
     name: ModelName = Field(description="What clients ask for, in any case.")
     aliases: Annotated[tuple[ModelName, ...], Field(strict=False)] = Field(
         (), description="Further names, each listed as a model of its own."
     )
-    engine: Literal["vllm", "echo"] = Field(description="vllm runs a real model; echo repeats the prompt.")
+    engine: Literal["vllm", "echo"] | None = Field(
+        None, description="vllm runs a real model; echo repeats the prompt."
+    )
+    upstream: UpstreamConfig | None = Field(
+        None, description="In place of an engine: the provider that serves the model."
+    )
     source: str | None = Field(None, description="A folder, a GGUF file or a hub id; not for echo.")
     engine_args: dict[str, Any] = Field({}, description="The engine's arguments by its own names.")
+    tool_parser: str | None = Field(
+        None, description="vLLM's name for the way in which the model writes calls of functions."
+    )
+    reasoning_parser: str | None = Field(
+        None, description="vLLM's name for the way in which the model marks its reasoning."
+    )
     replicas: int = Field(1, ge=1, le=10_000, description="Engines that run the model.")
     gpus: Annotated[int | None, BeforeValidator(_gpus)] = Field(
         None,
@@ -129,10 +143,9 @@ class ModelConfig(Settings):
 
     @property
     def engine_settings(self) -> EngineSettings:
-        """What the model's replicas are told."""
-        return EngineSettings(
-            engine=self.engine, name=self.name, source=self.source, engine_args=self.engine_args
-        )
+        """What the model's replicas are told. Raises ValidationError where it has none."""
+        fields = self.model_dump(include=set(EngineSettings.model_fields))
+        return EngineSettings.model_validate(fields)
 
     @property
     def application(self) -> str:
@@ -146,7 +159,7 @@ class ModelConfig(Settings):
         return math.prod(self.engine_args.get(argument, 1) for argument in WORKER_ARGUMENTS)
 
 
-class Config(Settings):
+class Config(AnswerSettings):
     """The whole file."""
 
     listen: Listen = Listen()
@@ -158,8 +171,12 @@ class Config(Settings):
     limits: Limits = Limits()
     timeouts: Timeouts = Timeouts()
     trunk: TrunkSettings = TrunkSettings()
-    default_max_tokens: int = Field(24, ge=1, description="max_tokens of a request that gives none.")
     models: Annotated[tuple[ModelConfig, ...], Field(strict=False), AfterValidator(_not_none)]
+
+    @property
+    def hosted(self) -> tuple[ModelConfig, ...]:
+        """The models that run here."""
+        return tuple(model for model in self.models if model.upstream is None)
 
     @property
     def drain_s(self) -> float:
@@ -173,22 +190,37 @@ class Config(Settings):
             created=int(time.time()),
             listen=self.listen,
             drain_s=self.drain_s,
-            models=tuple(map(self._hosted, self.models)),
+            models=tuple(map(self._router_model, self.models)),
             limits=self.limits,
             timeouts=self.timeouts,
             trunk=self.trunk,
         )
 
-    def _hosted(self, model: ModelConfig) -> HostedModel:
-        return HostedModel(
-            name=model.name,
-            aliases=model.aliases,
-            application=model.application,
-            card=model.card,
-            limits=_inherit(self.limits, model.limits),
-            timeouts=_inherit(self.timeouts, model.timeouts),
-            default_max_tokens=self.default_max_tokens,
+    def _router_model(self, model: ModelConfig) -> HostedModel | UpstreamModel:
+        common: dict[str, Any] = {
+            "name": model.name,
+            "aliases": model.aliases,
+            "card": model.card,
+            "limits": _inherit(self.limits, model.limits),
+            "timeouts": _inherit(self.timeouts, model.timeouts),
+            **self._answers(model),
+        }
+        if model.upstream is None:
+            return HostedModel(application=model.application, **common)
+        variable = model.upstream.api_key_env
+        return UpstreamModel(
+            base_url=model.upstream.base_url,
+            upstream_name=model.upstream.model or model.name,
+            api_key=environment.provider_key(variable) if variable else None,
+            **common,
         )
+
+    def _answers(self, model: ModelConfig) -> dict[str, Any]:
+        """How the model's requests are read and answered: as it says itself, or else the top level."""
+        return {
+            name: getattr(model if name in model.model_fields_set else self, name)
+            for name in AnswerSettings.model_fields
+        }
 
 
 M = TypeVar("M", bound=BaseModel)
@@ -216,7 +248,7 @@ def load(path: str | Path) -> Config:
         config = Config.model_validate(data)
     except ValidationError as error:
         faults += _schema_faults(error, Config)
-    faults += [*_name_faults(data), *_engine_faults(data)]
+    faults += [*_name_faults(data), *_backend_faults(data)]
     if faults:
         raise ConfigError(path, faults)
     return config
@@ -225,11 +257,15 @@ def load(path: str | Path) -> Config:
 def describe(config: Config) -> str:
     """The models of a configuration as a plain table."""
     rows = [("model", "engine", "source", "replicas", "gpus each")]
-    for model in config.models:
-        gpus = "auto" if model.gpus is None and model.engine == "vllm" else str(model.gpus or 0)
-        names = ", ".join((model.name, *model.aliases))
-        rows.append((names, model.engine, model.source or "-", str(model.replicas), gpus))
-    return table(rows)
+    return table(rows + [_row(model) for model in config.models])
+
+
+def _row(model: ModelConfig) -> tuple[str, ...]:
+    names = ", ".join((model.name, *model.aliases))
+    if model.upstream is not None:
+        return names, "upstream", model.upstream.base_url, "-", "-"
+    gpus = "auto" if model.gpus is None and model.engine == "vllm" else str(model.gpus or 0)
+    return names, str(model.engine), model.source or "-", str(model.replicas), gpus
 
 
 def _anchor_sources(data: dict[Any, Any], folder: Path) -> None:
@@ -293,13 +329,28 @@ def _names(data: dict[Any, Any]) -> Iterator[tuple[str, str]]:
         yield from ((field, name) for field, name in named if isinstance(name, str))
 
 
-def _engine_faults(data: dict[Any, Any]) -> Iterator[Fault]:
+def _backend_faults(data: dict[Any, Any]) -> Iterator[Fault]:
     for index, model in _models(data):
-        match model.get("engine"):
-            case "vllm":
+        match model.get("engine"), model.get("upstream"):
+            case None, None:
+                yield fault(field_at("models", index), "no_backend")
+            case None, upstream:
+                yield from _upstream_faults(index, model, upstream)
+            case "vllm", None:
                 yield from _vllm_faults(index, model)
-            case "echo":
+            case "echo", None:
                 yield from _echo_faults(index, model)
+            case _, upstream if upstream is not None:
+                yield fault(field_at("models", index, "upstream"), "two_backends")
+
+
+def _upstream_faults(index: int, model: dict[Any, Any], upstream: object) -> Iterator[Fault]:
+    for key in HOSTED_ONLY:
+        if key in model:
+            yield fault(field_at("models", index, key), "hosted_only")
+    if isinstance(upstream, dict):
+        field = field_at("models", index, "upstream", "api_key_env")
+        yield from key_faults(field, upstream.get("api_key_env"))
 
 
 def _vllm_faults(index: int, model: dict[Any, Any]) -> Iterator[Fault]:

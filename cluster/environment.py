@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import secrets
 
+from pydantic import SecretStr
+
 TRUNK_SECRET = "TRUNKLINE_SECRET"  # noqa: S105 - the variable's name
 """May hold the secret that trunks demand; without it each deployment makes its own."""
 
@@ -31,6 +33,12 @@ def prepare(ray_address: str) -> None:
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
         # When a worker dies, Ray ends what it has started.
         os.environ["RAY_process_group_cleanup_enabled"] = "1"  # noqa: SIM112 - Ray's own spelling
+
+
+def provider_key(variable: str) -> SecretStr | None:
+    """The deployment's key for an upstream provider, if the variable holds any."""
+    given = os.environ.get(variable, "").strip()
+    return SecretStr(given) if given else None
 
 
 def trunk_secret() -> bytes:

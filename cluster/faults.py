@@ -37,6 +37,15 @@ WORDING = {
     "given_twice": "given at line {line} and again at line {again}",
     "name_taken": "{value} is already the name at {first}",
     "name_case": "{value} differs only by case from the name at {first}, and names are matched in any case",
+    "no_backend": "expected engine, for a model that runs here, or upstream, for one that a provider serves;"
+    " neither is given",
+    "two_backends": "given beside engine; a model runs here or is served by a provider",
+    "hosted_only": "means nothing for a model that a provider serves; leave it out",
+    "url_parts": "expected an address without user name, password, query and fragment: no key belongs there",
+    "variable_name": "expected the name of an environment variable, as OPENAI_API_KEY, not the key itself",
+    "no_key": "the environment variable {variable} is not set",
+    "unfit_key": "the environment variable {variable} has something that cannot be a key:"
+    " expected printable ASCII without spaces",
     "source_missing": "required for engine vllm: a folder, a GGUF file or a hub id",
     "source_unused": "the echo engine has no model to load; leave it out",
     "no_vllm": "{reason}",

@@ -115,9 +115,10 @@ def wait_answering(config: Config) -> None:
 
 
 def curl_line(config: Config) -> str:
-    """A command that gets an answer from the first model."""
+    """A command that gets an answer from the first model; of those that run here, if any do, as a provider
+    may want a key."""
     body = {
-        "model": config.models[0].name,
+        "model": (*config.hosted, *config.models)[0].name,
         "temperature": 0,
         "messages": [{"role": "user", "content": "What is the capital of France?"}],
     }

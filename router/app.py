@@ -10,23 +10,23 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from prometheus_client.registry import CollectorRegistry
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse, PlainTextResponse
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from router import protocol
+from router import answers
 from router.admission import Admission
 from router.call import request_id
 from router.catalog import Catalog, Model
-from router.chat import ChatCompletions
+from router.completions import ENDPOINTS, Completions
+from router.docs import PAGE_HEADERS, Documentation
 from router.errors import ApiError, InternalError, InvalidRequest, MethodNotAllowed, UnknownPath
 from router.metrics import RouterMetrics
 from router.replicas import Replicas
-from router.settings import HostedModel, RouterSettings
+from router.settings import HostedModel, RouterSettings, UpstreamModel
 from router.trunk import TrunkOptions
+from router.upstream import Upstream
 from serving.exposition import CONTENT_TYPE
-
-CHAT_COMPLETIONS = "/v1/chat/completions"
 
 Scrape = Callable[[bool], Awaitable[bytes]]
 """The metrics as text: of the whole deployment, or (true) of this process."""
@@ -45,66 +45,69 @@ class Application:
         registry: CollectorRegistry,
         scrape: Scrape,
     ) -> None:
-        """`identity` names this process to replicas and in logs."""
+        """To be made on a running event loop. `identity` names this process to replicas and in logs."""
         self.metrics = RouterMetrics(registry)
-        self.catalog = Catalog(
-            (build_model(model, settings, identity, secret, self.metrics) for model in settings.models),
-            settings.created,
-        )
-        self.chat = ChatCompletions(self.catalog, settings, self.metrics)
-        self._others = with_request_id(build_api(self.catalog, self.chat, scrape))
+        self.hosted = {
+            model.application: self._replicas(model, settings, identity, secret)
+            for model in settings.models
+            if isinstance(model, HostedModel)
+        }
+        """The replicas of each hosted model, by the Serve application that holds them."""
+        self.catalog = Catalog(map(self._model, settings.models), settings.created)
+        self.completions = Completions(self.catalog, settings, self.metrics)
+        self._others = with_request_id(build_api(self.catalog, self.completions, scrape))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] == CHAT_COMPLETIONS and scope["method"] == "POST":
-            await self.chat(scope, receive, send)
+        if scope["type"] == "http" and scope["path"] in ENDPOINTS and scope["method"] == "POST":
+            await self.completions(scope, receive, send)
         else:
             await self._others(scope, receive, send)
 
     async def close(self) -> None:
-        """Leave every replica."""
-        await asyncio.gather(*(model.replicas.close() for model in self.catalog.models))
+        """Leave every replica and every provider."""
+        await asyncio.gather(*(model.backend.close() for model in self.catalog.models))
 
-
-def build_model(
-    settings: HostedModel, router: RouterSettings, identity: str, secret: bytes, metrics: RouterMetrics
-) -> Model:
-    """One model with its queue, its trunks and its metrics."""
-    measured = metrics.for_model(settings.name)
-    limits = settings.limits
-    replicas = Replicas(
-        settings.name,
-        TrunkOptions(
+    def _replicas(
+        self, model: HostedModel, settings: RouterSettings, identity: str, secret: bytes
+    ) -> Replicas:
+        options = TrunkOptions(
             router=identity,
             secret=secret,
-            settings=router.trunk,
-            timeouts=settings.timeouts,
-            stream_buffer_bytes=limits.stream_buffer_bytes,
-            traffic=measured.trunk,
-        ),
-    )
-    admission = Admission(settings.name, in_flight=limits.in_flight, queued=limits.queued)
-    measured.watch(
-        in_flight=lambda: admission.used,
-        waiting=lambda: admission.waiting + replicas.waiting,
-        trunks=lambda: len(replicas.trunks),
-    )
-    return Model(settings, replicas, admission, measured)
+            settings=settings.trunk,
+            timeouts=model.timeouts,
+            stream_buffer_bytes=model.limits.stream_buffer_bytes,
+            traffic=self.metrics.for_model(model.name).trunk,
+        )
+        replicas = Replicas(model.name, options)
+        self.metrics.for_model(model.name).watch_trunks(lambda: len(replicas.trunks))
+        return replicas
+
+    def _model(self, settings: HostedModel | UpstreamModel) -> Model:
+        """One model with what answers for it, its queue and its metrics."""
+        backend = (
+            self.hosted[settings.application] if isinstance(settings, HostedModel) else Upstream(settings)
+        )
+        limits = settings.limits
+        admission = Admission(settings.name, in_flight=limits.in_flight, queued=limits.queued)
+        metrics = self.metrics.for_model(settings.name)
+        metrics.watch(in_flight=lambda: admission.used, waiting=lambda: admission.waiting + backend.waiting)
+        return Model(settings, backend, admission, metrics)
 
 
-def build_api(catalog: Catalog, chat: ChatCompletions, scrape: Scrape) -> FastAPI:
-    """All routes but the streaming one; that one is named here so that other methods are refused as such.
+def build_api(catalog: Catalog, completions: Completions, scrape: Scrape) -> FastAPI:
+    """All routes but the streaming ones; those are named here so that other methods are refused as such.
 
     Every route is a coroutine: FastAPI runs others in threads, where the loop's state must not be read.
     """
     api = FastAPI(title="Trunkline", openapi_url=None, redirect_slashes=False)
-    api.router.routes.append(Route(CHAT_COMPLETIONS, chat, methods=["POST"]))
+    api.router.routes.extend(Route(path, completions, methods=["POST"]) for path in ENDPOINTS)
 
     @api.get("/v1/models", response_model_exclude_none=True)
-    async def models() -> protocol.ModelList:
-        return protocol.ModelList(data=catalog.entries())
+    async def models() -> answers.ModelList:
+        return answers.ModelList(data=catalog.entries())
 
     @api.get("/v1/models/{name:path}", response_model_exclude_none=True)
-    async def model(name: str) -> protocol.Model:
+    async def model(name: str) -> answers.Model:
         return catalog.entry(name)
 
     @api.get("/metrics")
@@ -115,21 +118,34 @@ def build_api(catalog: Catalog, chat: ChatCompletions, scrape: Scrape) -> FastAP
 
     @api.get("/health")
     async def health() -> JSONResponse:
-        status = "shutting down" if chat.draining else "ok"
-        states = {model.settings.name: model.state for model in catalog.models}
-        return JSONResponse({"status": status, "models": states}, 503 if chat.draining else 200)
+        status = "shutting down" if completions.draining else "ok"
+        states = {model.settings.name: model.backend.state for model in catalog.models}
+        return JSONResponse({"status": status, "models": states}, 503 if completions.draining else 200)
 
     @api.get("/-/healthz")
     async def healthz() -> PlainTextResponse:
-        return PlainTextResponse("draining", 503) if chat.draining else PlainTextResponse("success")
+        return PlainTextResponse("draining", 503) if completions.draining else PlainTextResponse("success")
 
     @api.get("/-/routes")
     async def routes() -> dict[str, str]:
         return {"/": "router"}
 
+    document(api, Documentation([model.settings for model in catalog.models]))
     for kind, answer in ERROR_ANSWERS.items():
         api.add_exception_handler(kind, answer)
     return api
+
+
+def document(api: FastAPI, documentation: Documentation) -> None:
+    """The routes that say what all the others do."""
+
+    @api.get("/openapi.json")
+    async def openapi() -> Response:
+        return Response(await documentation.openapi(), media_type="application/json")
+
+    @api.get("/docs")
+    async def docs() -> Response:
+        return HTMLResponse(await documentation.page(), headers=PAGE_HEADERS)
 
 
 def answer(error: ApiError) -> Response:

@@ -11,12 +11,13 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import structlog
+from pydantic import SecretStr
 from starlette.types import Receive, Scope, Send
 
+from router.backend import Piece, Stream
 from router.errors import ApiError, BodyTooLarge, RequestTimeout, UnsupportedMediaType
 from router.http import DROP_UNREAD
 from router.metrics import ModelMetrics, Outcome, RequestMetrics, RouterMetrics
-from router.trunk import Piece, TrunkStream
 
 log = structlog.get_logger("router.requests")
 
@@ -50,6 +51,7 @@ class Call:
         self.key = uuid.uuid4().hex
         """Ours, unique; the caller's `request_id` may not be."""
         self.request_id = request_id(scope)
+        self.path: str = scope["path"]
         self.model: str | None = None
         self.streamed = False
         self._scope = scope
@@ -62,12 +64,18 @@ class Call:
         self._first_bytes_at: float | None = None
         self._begun = False
         """Whether the answer's headers have gone out."""
-        self._stream: TrunkStream | None = None
+        self._stream: Stream | None = None
         self._tokens = 0
         # What holds until more is known: whatever ends the request now, its client got nothing.
         self._status = 499
         self._outcome: Outcome = "cancelled"
         self._error: str | None = None
+
+    @property
+    def provider_key(self) -> SecretStr | None:
+        """The caller's own key for an upstream provider."""
+        key = header(self._scope, b"x-openai-api-key")
+        return SecretStr(key.decode("latin-1")) if key else None
 
     async def read(self, limit: int, timeout_s: float) -> bytes:
         """The request's body. Raises UnsupportedMediaType, BodyTooLarge, RequestTimeout or ClientLeft."""
@@ -126,11 +134,11 @@ class Call:
         finally:
             watcher.cancel()
 
-    def tried(self, stream: TrunkStream) -> None:
+    def tried(self, stream: Stream) -> None:
         """A replica was asked; where several were, the last one answers for the request."""
         self._stream = stream
 
-    async def answer(self, stream: TrunkStream) -> None:
+    async def answer(self, stream: Stream) -> None:
         """Hand everything that the stream brings to the client. Raises what ends it early."""
         async with interruptible() as interrupt:
             piece = await stream.read()
@@ -185,7 +193,7 @@ class Call:
         return {
             "request_id": self.request_id,
             "key": self.key,
-            "path": self._scope["path"],
+            "path": self.path,
             "model": self.model,
             "stream": self.streamed,
             "status": self._status,
@@ -218,7 +226,8 @@ class Call:
         metrics = self._metrics
         if self._first_bytes_at is None:
             self._first_bytes_at = now
-            if metrics is not None and self._stream is not None:
+            # A provider tells at the end how many there were.
+            if metrics is not None and self._stream is not None and self._stream.prompt_tokens:
                 metrics.accepted(self._stream.prompt_tokens)
         self._tokens += piece.tokens
         if metrics is not None:

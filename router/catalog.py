@@ -4,35 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
 
-from router import protocol
+from router import answers
 from router.admission import Admission
+from router.backend import Backend
 from router.errors import ModelNotFound
 from router.metrics import ModelMetrics
-from router.replicas import Replicas
-from router.settings import HostedModel
-
-State = Literal["ready", "loading", "failed"]
+from router.settings import ModelSettings
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False)
 class Model:
     """One model of the deployment, with everything a request for it needs."""
 
-    settings: HostedModel
-    replicas: Replicas
+    settings: ModelSettings
+    backend: Backend
     admission: Admission
     metrics: ModelMetrics
-    failed: bool = False
-    """Serve has given up starting it."""
-
-    @property
-    def state(self) -> State:
-        """Whether a request would be answered now."""
-        if self.replicas.open:
-            return "ready"
-        return "failed" if self.failed else "loading"
 
 
 class Catalog:
@@ -54,22 +42,22 @@ class Catalog:
             raise ModelNotFound(name)
         return found
 
-    def entry(self, name: str) -> protocol.Model:
+    def entry(self, name: str) -> answers.Model:
         """What `GET /v1/models/{name}` answers. Raises ModelNotFound."""
         return self._entry(*self.find(name))
 
-    def entries(self) -> list[protocol.Model]:
+    def entries(self) -> list[answers.Model]:
         """What `GET /v1/models` answers; each alias is a model of its own."""
         return [self._entry(name, model) for name, model in self._names.values()]
 
-    def _entry(self, name: str, model: Model) -> protocol.Model:
-        return protocol.Model(
+    def _entry(self, name: str, model: Model) -> answers.Model:
+        card = model.settings.card.model_dump()
+        return answers.Model(
             id=name,
             name=name,
             created=self._created,
             owned_by=model.settings.card.creator or "trunkline",
-            max_context_length=model.replicas.context_length,
-            state=model.state,
-            kind="hosted",
-            **model.settings.card.model_dump(),
+            state=model.backend.state,
+            kind=model.backend.kind,
+            **card | {"max_context_length": model.backend.context_length or card["max_context_length"]},
         )

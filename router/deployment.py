@@ -47,8 +47,7 @@ class RouterServer:
         )
         self._own = serve.get_deployment_handle(context.deployment, context.app_name)
         self._handles = [
-            watch(model.settings.application, model.replicas.listed)
-            for model in self._application.catalog.models
+            watch(application, replicas.listed) for application, replicas in self._application.hosted.items()
         ]
         self._server = uvicorn_server(self._application, settings.limits, settings.timeouts)
         self._serving = asyncio.create_task(self._server.serve([listening_socket(settings.listen)]))
@@ -77,7 +76,7 @@ class RouterServer:
         """Serve awaits this before it ends the process: take nothing new, let the answers end, and tell those
         clients whose answers take too long."""
         log.info("router drains", router=self._id)
-        self._application.chat.draining = True
+        self._application.completions.draining = True
         self._server.should_exit = True
         await asyncio.wait([self._serving], timeout=self._settings.drain_s)
         # Without its trunk a stream ends with an error event.
@@ -96,15 +95,16 @@ class RouterServer:
         """Learn from Serve which of the models that are not ready never will be."""
         while True:
             await asyncio.sleep(STATUS_S)
-            waiting = [model for model in self._application.catalog.models if model.state != "ready"]
+            hosted = self._application.hosted
+            waiting = {name: replicas for name, replicas in hosted.items() if replicas.state != "ready"}
             try:
                 applications = (await asyncio.to_thread(serve.status)).applications if waiting else {}
             except Exception as error:  # noqa: BLE001 - Serve's controller may be on its way back
                 log.warning("no status from Serve", error=repr(error))
                 continue
-            for model in waiting:
-                overview = applications.get(model.settings.application)
-                model.failed = overview is not None and overview.status == ApplicationStatus.DEPLOY_FAILED
+            for name, replicas in waiting.items():
+                overview = applications.get(name)
+                replicas.failed = overview is not None and overview.status == ApplicationStatus.DEPLOY_FAILED
 
 
 async def _ask(handle: DeploymentHandle[Any]) -> list[tuple[str, Exposition]]:

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from typing import Protocol, TypeVar
 from zlib import crc32
 
-from serving.messages import Chat, Load
+from serving.messages import Chat, Load, Request
 
 PREFIX_CHARACTERS = 1024
 """How much of a conversation's beginning decides its affinity."""
@@ -41,7 +41,7 @@ def expected_work(candidate: Candidate) -> float:
     return load.running + load.waiting * (1 + pressure) + candidate.unreported
 
 
-def pick(candidates: Collection[C], request: Chat) -> C | None:
+def pick(candidates: Collection[C], request: Request) -> C | None:
     """The candidate with the least expected work; among equals, the one that this conversation's beginning
     has always gone to, whose prefix cache may hold it. None where there is no candidate.
 
@@ -53,8 +53,18 @@ def pick(candidates: Collection[C], request: Chat) -> C | None:
     equals = [candidate for candidate in candidates if expected_work(candidate) == least]
     if len(equals) == 1:
         return equals[0]
-    prefix = crc32(request.messages[0].content[:PREFIX_CHARACTERS].encode())
+    prefix = crc32(_beginning(request).encode())
     return max(equals, key=lambda candidate: _affinity(prefix, candidate.replica))
+
+
+def _beginning(request: Request) -> str:
+    """What requests that share a prefix cache have in common, as far as no tokenizer is needed to tell."""
+    if isinstance(request, Chat):
+        return (request.messages[0].content or "")[:PREFIX_CHARACTERS]
+    prompt = request.prompts[0]
+    if isinstance(prompt, str):
+        return prompt[:PREFIX_CHARACTERS]
+    return " ".join(map(str, prompt[: PREFIX_CHARACTERS // 4]))
 
 
 def _affinity(prefix: int, replica: str) -> int:

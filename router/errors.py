@@ -2,7 +2,9 @@
 
     ApiError
     ├── InvalidRequest          400
+    ├── WrongEndpoint           400
     ├── MalformedRequest        400
+    ├── MissingProviderKey      401
     ├── ModelNotFound           404
     ├── UnknownPath             404
     ├── MethodNotAllowed        405  with Allow
@@ -12,9 +14,12 @@
     ├── HeadersTooLarge         431
     ├── SlowReader              499  only ever an event: bytes had gone out
     ├── InternalError           500
+    ├── UpstreamFailed          502
+    ├── ProviderError           502  or the status that the provider gave
     ├── FirstTokenTimeout       504
     ├── Stalled                 504
     ├── TotalTimeout            504
+    ├── UpstreamTimeout         504
     └── RetryLater                   with Retry-After
         ├── Overloaded          429
         ├── NoReplica           503
@@ -102,6 +107,19 @@ class InvalidRequest(ApiError):
     code = "invalid_value"
 
 
+class WrongEndpoint(ApiError):
+    """The model answers, but not here."""
+
+    status = 400
+    code = "wrong_endpoint"
+
+    def __init__(self, model: str, flag: str) -> None:
+        super().__init__(
+            f"model: {shown(model)} does not answer here: its {flag} in GET /v1/models is false",
+            param="model",
+        )
+
+
 class MalformedRequest(ApiError):
     """What came is not HTTP."""
 
@@ -110,6 +128,19 @@ class MalformedRequest(ApiError):
 
     def __init__(self) -> None:
         super().__init__("this is not a request of HTTP/1.1")
+
+
+class MissingProviderKey(ApiError):
+    """The model is a provider's, and nobody has given a key for it."""
+
+    status = 401
+    code = "missing_provider_key"
+
+    def __init__(self, model: str) -> None:
+        super().__init__(
+            f"the model {shown(model)} is served by a provider: send your key for it, in printable ASCII, in"
+            " the header X-OpenAI-Api-Key"
+        )
 
 
 class ModelNotFound(ApiError):
@@ -208,6 +239,13 @@ class InternalError(ApiError):
         super().__init__("internal error")
 
 
+class UpstreamFailed(ApiError):
+    """The provider could not be asked, or what came from it is no answer."""
+
+    status = 502
+    code = "upstream_failed"
+
+
 class FirstTokenTimeout(ApiError):
     """The model took the request and made nothing of it in time."""
 
@@ -236,6 +274,42 @@ class TotalTimeout(ApiError):
 
     def __init__(self, seconds: float) -> None:
         super().__init__(f"the answer was not complete within {seconds:g} s")
+
+
+class UpstreamTimeout(ApiError):
+    """The provider could not be connected to in time."""
+
+    status = 504
+    code = "upstream_timeout"
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(f"the provider could not be connected to within {seconds:g} s")
+
+
+class ProviderError(ApiError):
+    """The provider said no, and this is what it said."""
+
+    status = 502
+    code = "upstream_error"
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        kind: str | None,
+        param: str | None,
+        code: str | None,
+        headers: Mapping[str, str],
+    ) -> None:
+        """`kind` is its class of error, where it told one."""
+        super().__init__(message, param=param, code=code, headers=headers)
+        self.status = status
+        self._kind = kind
+
+    @property
+    def type(self) -> str:
+        return self._kind or super().type
 
 
 class RetryLater(ApiError):

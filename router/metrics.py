@@ -176,12 +176,13 @@ class ModelMetrics:
         metrics.tokens_per_second.labels(name).set_function(lambda: self.rate.per_second(metrics.clock()))
         self._metrics = metrics
 
-    def watch(
-        self, *, in_flight: Callable[[], float], waiting: Callable[[], float], trunks: Callable[[], float]
-    ) -> None:
+    def watch(self, *, in_flight: Callable[[], float], waiting: Callable[[], float]) -> None:
         """Where the gauges' values come from. Each is called at every scrape, possibly from a thread."""
         self._metrics.in_flight.labels(self.name).set_function(in_flight)
         self._metrics.waiting.labels(self.name).set_function(waiting)
+
+    def watch_trunks(self, trunks: Callable[[], float]) -> None:
+        """The same for the gauge that only a hosted model has."""
         self._metrics.trunks.labels(self.name).set_function(trunks)
 
     def started(self, now: float) -> RequestMetrics:

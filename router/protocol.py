@@ -1,20 +1,47 @@
-"""The requests that the router takes and the shapes that it answers in.
+"""The requests that the router takes, and how they are read.
 
-The types below are at once the check and the text of every refusal: what a message says was expected is read
-from their JSON schema.
+The types are at once the check, the document and the text of every refusal: what a message says was expected
+is read from their JSON schema.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, ValidationError, with_config
-from pydantic_core import CoreSchema, ErrorDetails, from_json
-from typing_extensions import TypedDict
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    GetJsonSchemaHandler,
+    Tag,
+    ValidationError,
+)
+from pydantic.json_schema import SkipJsonSchema
+from pydantic_core import CoreSchema, from_json
 
+from router.conversation import (
+    MAX_SCHEMA_BYTES,
+    MAX_TOOLS,
+    STRICT,
+    AnyMessage,
+    AssistantMessage,
+    FunctionTool,
+    JsonObject,
+    NamedToolChoice,
+    ResponseFormat,
+)
 from router.errors import InvalidRequest, shown
-from serving.messages import Chat, Message, Sampling
+from router.refusals import Refusals, missing, wrong
+from router.settings import ModelSettings
+from router.unserved import (
+    UNSERVED_IN_CHAT,
+    UNSERVED_IN_TEXT,
+    refuse_unserved,
+    refuse_unserved_in_messages,
+)
+from serving.messages import Chat, NamedTool, Sampling, Text
 
 MAX_STOP = 4
 """Stop strings of one request."""
@@ -28,12 +55,18 @@ MAX_STOP_TOKEN_IDS = 64
 MAX_TOKEN_ID = 2**31 - 1
 """No vocabulary goes beyond it; a model's own end is checked by its replica."""
 
+MAX_PROMPTS = 128
+"""Prompts of one text completion request."""
+
+MAX_TOOLS_BYTES = 256 * 1024
+"""Bytes of the parameters of all tools together, as compact JSON."""
+
 _MOST_TOKENS = 2**31 - 1
 """Any larger count of tokens means the same: more than a context holds. It keeps them within 64 bits."""
 
 
 class _OrNull:
-    """Documents that null is allowed and means the default. `parse_chat` leaves nulls out beforehand."""
+    """Documents that null is allowed and means the default. Nulls are left out before a request is read."""
 
     def __get_pydantic_json_schema__(
         self, core_schema: CoreSchema, handler: GetJsonSchemaHandler
@@ -50,45 +83,34 @@ StopStrings = Annotated[list[NonEmpty], Field(max_length=MAX_STOP, fail_fast=Tru
 TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
 TokenIdKey = Annotated[str, Field(pattern=r"^[0-9]{1,10}$")]
 Bias = Annotated[float, Field(ge=-100, le=100)]
+LogitBias = Annotated[dict[TokenIdKey, Bias], Field(max_length=MAX_LOGIT_BIAS)]
 
 
-STRICT = ConfigDict(strict=True, frozen=True, extra="ignore", allow_inf_nan=False)
-"""No value is turned into another type, and what nobody knows is ignored."""
+# ---- prompts ------------------------------------------------------------------------------------------
+
+_TEXT = "a string"
+_TEXTS = f"an array of 1 to {MAX_PROMPTS} strings"
+_TOKENS = "a non-empty array of token ids"
+_TOKEN_LISTS = f"an array of 1 to {MAX_PROMPTS} non-empty arrays of token ids"
 
 
-@with_config(STRICT)
-class TextPart(TypedDict):
-    """A piece of a message's text. A dict, as a hundred thousand of them fit into one body."""
+def _prompt_form(prompt: Any) -> str | None:
+    """Which form of a prompt is meant, as its first item tells; None where it is none of them."""
+    if isinstance(prompt, list) and prompt:
+        return {str: _TEXTS, int: _TOKENS, list: _TOKEN_LISTS}.get(type(prompt[0]))
+    return _TEXT if isinstance(prompt, str) else None
 
-    type: Annotated[Literal["text"], Field(description="Only text is served.", examples=["text"])]
-    text: Annotated[str, Field(description="The text.", examples=["What is the capital of France?"])]
 
+Tokens = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
+UpToMaxPrompts = Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)
 
-class ChatMessage(BaseModel):
-    """One turn of the conversation."""
-
-    model_config = STRICT
-
-    role: Literal["system", "developer", "user", "assistant", "tool"] = Field(
-        description="Who speaks.", examples=["user"]
-    )
-    content: str | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)] = Field(
-        description="The text, or a list of text parts, which are joined by line breaks.",
-        examples=["What is the capital of France?"],
-    )
-    name: str | None = Field(None, description="Tells speakers of one role apart.", examples=["ada"])
-    tool_call_id: str | None = Field(
-        None,
-        description="Required of a message of role tool: the call that it answers.",
-        examples=["call_1"],
-    )
-
-    def to_message(self) -> Message:
-        """The message as the replica takes it, its text in one piece."""
-        content = self.content
-        if not isinstance(content, str):
-            content = "\n".join(part["text"] for part in content)
-        return Message(self.role, content, self.name)
+AnyPrompt = Annotated[
+    Annotated[str, Tag(_TEXT), Field(title=_TEXT)]
+    | Annotated[list[str], Tag(_TEXTS), UpToMaxPrompts, Field(title=_TEXTS)]
+    | Annotated[list[TokenId], Tag(_TOKENS), Field(min_length=1, fail_fast=True, title=_TOKENS)]
+    | Annotated[list[Tokens], Tag(_TOKEN_LISTS), UpToMaxPrompts, Field(title=_TOKEN_LISTS)],
+    Discriminator(_prompt_form),
+]
 
 
 class StreamOptions(BaseModel):
@@ -103,29 +125,21 @@ class StreamOptions(BaseModel):
     )
 
 
-class ChatRequest(BaseModel):
-    """The body of POST /v1/chat/completions. Made by `parse_chat`."""
+def _required_first(schema: dict[str, Any]) -> None:
+    """Puts what must be given where a reader looks first."""
+    schema["properties"] = dict(
+        sorted(schema["properties"].items(), key=lambda field: field[0] not in schema["required"])
+    )
 
-    model_config = STRICT
+
+class GenerationRequest(BaseModel):
+    """What both endpoints take."""
+
+    model_config = ConfigDict(**STRICT, json_schema_extra=_required_first)
 
     model: NonEmpty = Field(
         description="The model that answers, by one of the names that GET /v1/models lists, in any case.",
         examples=["smollm2-135m-instruct"],
-    )
-    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)] = Field(
-        description="The conversation so far, oldest message first.",
-        examples=[[{"role": "user", "content": "What is the capital of France?"}]],
-    )
-    # Before max_tokens, which takes its value where it stands alone: so that an error names this one.
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = Field(
-        None, description="Another name of max_tokens. Both may be given if they are equal.", examples=[128]
-    )
-    max_tokens: OrNull[Annotated[int, Field(ge=1)]] = Field(
-        24,
-        description="The most tokens that a choice may have. Prompt and answer together are bound by the"
-        " model's context length: an answer that would leave it ends there, with finish_reason length."
-        " A deployment may change the default.",
-        examples=[128],
     )
     stream: OrNull[bool] = Field(
         default=False,
@@ -154,7 +168,8 @@ class ChatRequest(BaseModel):
     repetition_penalty: OrNull[Penalty] = Field(
         0.0,
         description="Taken from a token's logit for each time that it stands in the prompt or the generated"
-        " text. Additive, and neutral at 0.",
+        " text. Additive, and neutral at 0. A deployment may have the multiplicative one instead, above 0 and"
+        " up to 2 and neutral at 1.",
         examples=[0.5],
     )
     presence_penalty: OrNull[Penalty] = Field(
@@ -162,14 +177,15 @@ class ChatRequest(BaseModel):
         description="Taken once from the logit of a token that stands in the generated text.",
         examples=[0.5],
     )
-    logit_bias: Annotated[dict[TokenIdKey, Bias], Field(max_length=MAX_LOGIT_BIAS)] | None = Field(
+    logit_bias: LogitBias | None = Field(
         None,
         description="Token ids, in decimal digits, and what is added to their logits before sampling.",
         examples=[{"50256": -100}],
     )
     n: OrNull[Annotated[int, Field(ge=1, le=128)]] = Field(
         1,
-        description="How many choices to generate. The tokens of all of them are counted as used.",
+        description="How many choices to generate, for each prompt. The tokens of all of them are counted as"
+        " used.",
         examples=[1],
     )
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = Field(
@@ -205,30 +221,23 @@ class ChatRequest(BaseModel):
     user: str | None = Field(
         None, description="The caller's name for its own user. Accepted, without effect.", examples=["u-1"]
     )
-    metadata: dict[str, Any] | None = Field(
-        None, description="Notes of the caller's own. Accepted, without effect.", examples=[{"run": "7"}]
-    )
+    repetition_factor: SkipJsonSchema[float] = 1.0
+    """What repetition_penalty is under a deployment that has the multiplicative one. No client's own."""
 
-    def to_message(self, id: str, model: str, created: int) -> Chat:  # noqa: A002 - the struct's own name
-        """The request as it crosses the trunk, under the completion's id and the model's name as shown."""
-        return Chat(
-            id=id,
-            model=model,
-            created=created,
-            messages=tuple([message.to_message() for message in self.messages]),
-            sampling=self._sampling(),
-            stream=self.stream,
-            include_usage=bool(self.stream_options and self.stream_options.include_usage),
-        )
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with the usage."""
+        return bool(self.stream_options and self.stream_options.include_usage)
 
-    def _sampling(self) -> Sampling:
+    def _sampling(self, max_tokens: int) -> Sampling:
         return Sampling(
-            max_tokens=min(self.max_tokens, _MOST_TOKENS),
+            max_tokens=min(max_tokens, _MOST_TOKENS),
             temperature=self.temperature,
             top_p=self.top_p,
             frequency_penalty=self.frequency_penalty,
             presence_penalty=self.presence_penalty,
             repetition_penalty=self.repetition_penalty,
+            repetition_factor=self.repetition_factor,
             logit_bias={int(token): bias for token, bias in (self.logit_bias or {}).items()},
             n=self.n,
             seed=self.seed,
@@ -241,39 +250,160 @@ class ChatRequest(BaseModel):
         )
 
 
-class _Unserved(NamedTuple):
-    """A parameter that is known and would change the answer, but is not served."""
+class ChatRequest(GenerationRequest):
+    """The body of POST /v1/chat/completions."""
 
-    neutral: tuple[Any, ...] = ()
-    """The values, beside null, with which the answer is the same."""
-    yet: bool = True
-    """Whether it will be served one day."""
+    messages: Annotated[list[AnyMessage], Field(min_length=1, fail_fast=True)] = Field(
+        description="The conversation so far, oldest message first.",
+        examples=[[{"role": "user", "content": "What is the capital of France?"}]],
+    )
+    # Before max_tokens, which takes its value where it stands alone: so that an error names this one.
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="Another name of max_tokens. Both may be given if they are equal.", examples=[128]
+    )
+    max_tokens: OrNull[Annotated[int, Field(ge=1)]] = Field(
+        24,
+        description="The most tokens that a choice may have. Prompt and answer together are bound by the"
+        " model's context length: an answer that would leave it ends there, with finish_reason length."
+        " A deployment may change the default.",
+        examples=[128],
+    )
+    logprobs: OrNull[bool] = Field(
+        default=False,
+        description="Whether each generated token comes with its log probability, that of the model itself,"
+        " before penalties and bias.",
+        examples=[True],
+    )
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = Field(
+        None,
+        description="How many of the likeliest tokens come with theirs at each place. Needs logprobs.",
+        examples=[5],
+    )
+    response_format: ResponseFormat | None = Field(
+        None,
+        description="What the answer must be: any text, which is the default, a JSON object, or JSON of a"
+        " schema.",
+        examples=[{"type": "json_object"}],
+    )
+    tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = Field(
+        None,
+        description="The functions that the model may ask to have called. Their parameters have at most"
+        f" {MAX_TOOLS_BYTES} bytes together.",
+        examples=[[{"type": "function", "function": {"name": "get_weather"}}]],
+    )
+    tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = Field(
+        None,
+        description="Whether the model calls none of the tools, decides itself, must call one, or must call"
+        " the one that is named. By default it decides where there are tools.",
+        examples=["auto", {"type": "function", "function": {"name": "get_weather"}}],
+    )
+    parallel_tool_calls: OrNull[bool] = Field(
+        default=True, description="Whether one answer may have several calls.", examples=[False]
+    )
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = Field(
+        None,
+        description="How much the model thinks before it answers. Handed to the model's chat template.",
+        examples=["low"],
+    )
+    chat_template_kwargs: JsonObject | None = Field(
+        None,
+        description=f"What the model's chat template sees beside the messages, of at most {MAX_SCHEMA_BYTES}"
+        " bytes.",
+        examples=[{"enable_thinking": False}],
+    )
+    metadata: dict[str, Any] | None = Field(
+        None, description="Notes of the caller's own. Accepted, without effect.", examples=[{"run": "7"}]
+    )
+
+    @property
+    def sequences(self) -> int:
+        """Choices, each of which takes a slot."""
+        return self.n
+
+    def to_message(self, key: str, model: str, created: int, *, role_in_every_chunk: bool) -> Chat:
+        """The request as it crosses the trunk, under a key of ours and the model's name as shown."""
+        choice = self.tool_choice or "auto"
+        return Chat(
+            id=f"chatcmpl-{key}",
+            model=model,
+            created=created,
+            messages=tuple([message.to_message() for message in self.messages]),
+            sampling=self._sampling(self.max_tokens),
+            stream=self.stream,
+            include_usage=self.include_usage,
+            role_in_every_chunk=role_in_every_chunk,
+            logprobs=(self.top_logprobs or 0) if self.logprobs else None,
+            response_format=self.response_format.to_message() if self.response_format else None,
+            tools=tuple([tool.to_message() for tool in self.tools or ()]),
+            tool_choice=choice if isinstance(choice, str) else NamedTool(choice.function.name),
+            parallel_tool_calls=self.parallel_tool_calls,
+            reasoning_effort=self.reasoning_effort,
+            chat_template_kwargs=self.chat_template_kwargs,
+        )
 
 
-UNSERVED = {
-    "logprobs": _Unserved((False,)),
-    "top_logprobs": _Unserved((0,)),
-    "response_format": _Unserved(({"type": "text"},)),
-    "tools": _Unserved(([],)),
-    "tool_choice": _Unserved(("none", "auto")),
-    "messages[].tool_calls": _Unserved(([],)),
-    "chat_template_kwargs": _Unserved(({},)),
-    "echo": _Unserved((False,)),
-    "functions": _Unserved(([],), yet=False),
-    "function_call": _Unserved(("none", "auto"), yet=False),
-    "messages[].function_call": _Unserved(yet=False),
-    "modalities": _Unserved((["text"],), yet=False),
-    "audio": _Unserved(yet=False),
-    "messages[].audio": _Unserved(yet=False),
-    "web_search_options": _Unserved(yet=False),
-}
-"""Every parameter that is refused by its name, at the top or in a message."""
+class TextRequest(GenerationRequest):
+    """The body of POST /v1/completions."""
 
-_IN_MESSAGE = "messages[]."
-_UNSERVED_AT_TOP = {name: row for name, row in UNSERVED.items() if not name.startswith(_IN_MESSAGE)}
-_UNSERVED_IN_MESSAGE = {
-    name.removeprefix(_IN_MESSAGE): row for name, row in UNSERVED.items() if name.startswith(_IN_MESSAGE)
-}
+    prompt: AnyPrompt = Field(
+        description="What the model goes on from: a text or token ids, or a list of either, each of which is"
+        " a prompt of its own.",
+        examples=["Once upon a time", ["One", "Two"], [1, 2, 3]],
+    )
+    max_tokens: OrNull[Annotated[int, Field(ge=0)]] = Field(
+        16,
+        description="The most tokens that a choice may have. Prompt and answer together are bound by the"
+        " model's context length: an answer that would leave it ends there, with finish_reason length.",
+        examples=[128],
+    )
+    echo: OrNull[bool] = Field(
+        default=False, description="Whether each choice's text begins with its prompt.", examples=[True]
+    )
+    logprobs: Annotated[int, Field(ge=0, le=5)] | None = Field(
+        None,
+        description="How many of the likeliest tokens come with their log probabilities at each place, beside"
+        " the one that was chosen; those of the model itself, before penalties and bias.",
+        examples=[2],
+    )
+    best_of: int | None = Field(
+        None,
+        description="Must equal n: choosing among more choices than are returned is not served.",
+        examples=[1],
+    )
+
+    @property
+    def sequences(self) -> int:
+        """Choices over all prompts, each of which takes a slot."""
+        return len(self._prompts) * self.n
+
+    def to_message(self, key: str, model: str, created: int, *, role_in_every_chunk: bool) -> Text:
+        """The request as it crosses the trunk, under a key of ours and the model's name as shown. Its chunks
+        have no role."""
+        return Text(
+            id=f"cmpl-{key}",
+            model=model,
+            created=created,
+            prompts=tuple([each if isinstance(each, str) else tuple(each) for each in self._prompts]),
+            sampling=self._sampling(self.max_tokens),
+            stream=self.stream,
+            include_usage=self.include_usage,
+            echo=self.echo,
+            logprobs=self.logprobs,
+        )
+
+    @property
+    def _prompts(self) -> Sequence[str | list[int]]:
+        prompt = self.prompt
+        return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
+
+
+# ---- reading ------------------------------------------------------------------------------------------
+
+R = TypeVar("R", ChatRequest, TextRequest)
+
+_REQUIRED = frozenset({"model", "messages", "prompt"})
+
+_REFUSALS = {kind: Refusals(kind.model_json_schema()) for kind in (ChatRequest, TextRequest)}
 
 _HALF_PAIRS = ("unexpected end of hex escape", "lone leading surrogate in hex escape")
 """The parser's words for a \\ud800 that has no other half: no text can hold it."""
@@ -297,76 +427,67 @@ def read_json(body: bytes) -> dict[str, Any]:
 
 
 def model_name(data: dict[str, Any]) -> str:
-    """The model that a request asks for, so that the rest can be read under its limits.
+    """The model that a request asks for, so that the rest can be read under its settings.
 
     Raises InvalidRequest.
     """
     name = data.get("model")
     if isinstance(name, str) and name:
         return name
-    raise _wrong("model", value=data["model"]) if "model" in data else _missing("model")
+    expected = _REFUSALS[ChatRequest].expected("model")
+    raise wrong("model", expected, name) if "model" in data else missing("model", expected)
 
 
-def parse_chat(data: dict[str, Any], *, max_messages: int, default_max_tokens: int) -> ChatRequest:
-    """The request that a JSON object describes.
+def parse_chat(data: dict[str, Any], settings: ModelSettings) -> ChatRequest:
+    """The chat completion request that a JSON object describes, to a model with these settings.
 
     Raises InvalidRequest, which names the first field that is wrong, its value and what was expected.
     """
-    _refuse_longer(data, "messages", max_messages)
-    _refuse_longer(data, "logit_bias", MAX_LOGIT_BIAS)
-    _refuse_unserved(data)
-    given = {name: value for name, value in data.items() if value is not None or name in _REQUIRED}
-    given.setdefault("max_tokens", given.get("max_completion_tokens", default_max_tokens))
-    try:
-        request = ChatRequest.model_validate(given)
-    except ValidationError as error:
-        raise _refusal(error.errors(include_url=False, include_context=False)) from None
-    _check_together(request)
+    _refuse_longer(data, "messages", settings.limits.messages)
+    refuse_unserved(data, UNSERVED_IN_CHAT)
+    refuse_unserved_in_messages(data.get("messages"))
+    given = _given(data, settings)
+    given.setdefault("max_tokens", given.get("max_completion_tokens", settings.default_max_tokens))
+    request = _validated(ChatRequest, given)
+    _check_chat(request)
     return request
 
 
-def _refuse_unserved(data: dict[str, Any]) -> None:
-    _refuse_named(data, _UNSERVED_AT_TOP)
-    messages = data.get("messages")
-    for position, message in enumerate(messages if isinstance(messages, list) else ()):
-        if isinstance(message, dict) and not _UNSERVED_IN_MESSAGE.keys().isdisjoint(message):
-            _refuse_named(message, _UNSERVED_IN_MESSAGE, f"messages[{position}].")
+def parse_text(data: dict[str, Any], settings: ModelSettings) -> TextRequest:
+    """The text completion request that a JSON object describes, to a model with these settings.
 
-
-def _refuse_named(fields: dict[str, Any], unserved: dict[str, _Unserved], prefix: str = "") -> None:
-    for name, value in fields.items():
-        row = unserved.get(name)
-        if row is None or value is None or any(_is(value, neutral) for neutral in row.neutral):
-            continue
-        allowed = " or ".join(["left out", "null", *map(shown, row.neutral)])
+    Raises InvalidRequest, which names the first field that is wrong, its value and what was expected.
+    """
+    refuse_unserved(data, UNSERVED_IN_TEXT)
+    request = _validated(TextRequest, _given(data, settings))
+    if request.best_of not in {None, request.n}:
         raise InvalidRequest(
-            f"{prefix}{name} is not supported{' yet' if row.yet else ''}:"
-            f" it must be {allowed}, not {shown(value)}",
-            param=prefix + name,
+            f"best_of must equal n, which is {request.n}, not {shown(request.best_of)}: choosing among more"
+            " choices than are returned is not supported",
+            param="best_of",
             code="unsupported_parameter",
         )
+    return request
 
 
-def _refuse_longer(data: dict[str, Any], name: str, limit: int) -> None:
-    """Before each entry is looked at: half a million bad ones took seconds."""
-    value = data.get(name)
-    if isinstance(value, list | dict) and len(value) > limit:
-        raise InvalidRequest(f"{name} must have at most {limit} entries, not {len(value)}", param=name)
+def _given(data: dict[str, Any], settings: ModelSettings) -> dict[str, Any]:
+    """What is not null of a request: null means the default, but a required field has none."""
+    _refuse_longer(data, "logit_bias", MAX_LOGIT_BIAS)
+    given = {name: value for name, value in data.items() if value is not None or name in _REQUIRED}
+    given.pop("repetition_factor", None)
+    if settings.repetition_penalty == "multiplicative":
+        factor = given.pop("repetition_penalty", 1.0)
+        if type(factor) not in {int, float} or not 0 < factor <= 2:
+            raise wrong("repetition_penalty", "a number above 0 and up to 2", factor)
+        given["repetition_factor"] = factor
+    return given
 
 
-def _is(value: Any, neutral: Any) -> bool:
-    """Whether they are the same in JSON, where 0 is not false."""
-    return type(value) is type(neutral) and bool(value == neutral)
-
-
-def _check_together(request: ChatRequest) -> None:
-    """What no field can be checked for alone."""
-    if request.max_completion_tokens not in {None, request.max_tokens}:
-        raise InvalidRequest(
-            f"max_completion_tokens is another name of max_tokens and must equal it where both are given:"
-            f" {shown(request.max_completion_tokens)} is not {shown(request.max_tokens)}",
-            param="max_completion_tokens",
-        )
+def _validated(kind: type[R], given: dict[str, Any]) -> R:
+    try:
+        request = kind.model_validate(given)
+    except ValidationError as error:
+        raise _REFUSALS[kind].of(error.errors(include_url=False, include_context=False)) from None
     if request.min_tokens > request.max_tokens:
         raise InvalidRequest(
             f"min_tokens must be at most max_tokens, which is {shown(request.max_tokens)},"
@@ -375,186 +496,48 @@ def _check_together(request: ChatRequest) -> None:
         )
     if request.stream_options is not None and not request.stream:
         raise InvalidRequest("stream_options needs stream to be true, not false", param="stream_options")
-    for position, message in enumerate(request.messages):
-        if message.role == "tool" and message.tool_call_id is None:
-            raise InvalidRequest(
-                f"messages[{position}].tool_call_id is missing: a message of role tool must say which call it"
-                " answers",
-                param=f"messages[{position}].tool_call_id",
-                code="missing_required_parameter",
-            )
+    return request
 
 
-# ---- refusals in words: the schema says what was expected --------------------------------------------
-
-_SCHEMA = ChatRequest.model_json_schema()
-_REQUIRED = frozenset(_SCHEMA["required"])
-
-Step = str | int
-
-
-def _refusal(errors: list[ErrorDetails]) -> InvalidRequest:
-    """One sentence about the first field that is wrong. Of a union's branches, the one that got furthest into
-    the value is meant."""
-    placed = [(_steps(error["loc"]), error) for error in errors]
-    first = placed[0][0]
-    steps, error = max((p for p in placed if p[0][: len(first)] == first), key=lambda p: len(p[0]))
-    if error["loc"][-1] == "[key]":
-        path = _path(steps[:-1])
-        return InvalidRequest(
-            f"{path} must have token ids in decimal digits as its keys, not {shown(error['input'])}",
-            param=path,
+def _check_chat(request: ChatRequest) -> None:
+    """What no field can be checked for alone."""
+    if request.max_completion_tokens not in {None, request.max_tokens}:
+        raise InvalidRequest(
+            f"max_completion_tokens is another name of max_tokens and must equal it where both are given:"
+            f" {shown(request.max_completion_tokens)} is not {shown(request.max_tokens)}",
+            param="max_completion_tokens",
         )
-    return _missing(*steps) if error["type"] == "missing" else _wrong(*steps, value=error["input"])
-
-
-def _missing(*steps: Step) -> InvalidRequest:
-    return InvalidRequest(
-        f"{_path(steps)} is missing: it must be {_expected(steps)}",
-        param=_path(steps),
-        code="missing_required_parameter",
-    )
-
-
-def _wrong(*steps: Step, value: Any) -> InvalidRequest:
-    return InvalidRequest(
-        f"{_path(steps)} must be {_expected(steps)}, not {shown(value)}", param=_path(steps)
-    )
-
-
-def _path(steps: tuple[Step, ...]) -> str:
-    """As a programmer writes it: `messages[2].role`."""
-    return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps).removeprefix(".")
-
-
-def _steps(loc: tuple[Step, ...]) -> tuple[Step, ...]:
-    """A location without the names of unions' branches, which pydantic puts between the fields."""
-    node, steps = _SCHEMA, []
-    for step in loc:
-        child = _child(node, step)
-        if child is not None:
-            node = child
-            steps.append(step)
-    return tuple(steps)
-
-
-def _expected(steps: tuple[Step, ...]) -> str:
-    """What the schema asks for at that place."""
-    node = _SCHEMA
-    for step in steps:
-        node = _child(node, step) or node
-    return " or ".join(_phrase(branch) for branch in _branches(node) if branch.get("type") != "null")
-
-
-def _branches(node: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The alternatives of a schema, references followed."""
-    if "$ref" in node:
-        node = _SCHEMA["$defs"][node["$ref"].rpartition("/")[2]]
-    if "anyOf" not in node:
-        yield node
-    for branch in node.get("anyOf", ()):
-        yield from _branches(branch)
-
-
-def _child(node: dict[str, Any], step: Step) -> dict[str, Any] | None:
-    """The schema of an item or a property; None where there is none of that name."""
-    for branch in _branches(node):
-        if isinstance(step, int):
-            child = branch.get("items")
-        else:
-            anything = next(iter(branch.get("patternProperties", {}).values()), None)
-            child = branch.get("properties", {}).get(step, anything)
-        if child is not None:
-            return dict(child)
-    return None
-
-
-def _phrase(node: dict[str, Any]) -> str:
-    """A schema in words, without its alternatives."""
-    if "const" in node:
-        return shown(node["const"])
-    if "enum" in node:
-        return "one of " + ", ".join(map(shown, node["enum"]))
-    match node["type"]:
-        case "string":
-            return "a non-empty string" if node.get("minLength") else "a string"
-        case "boolean":
-            return "true or false"
-        case "integer" | "number":
-            return ("an integer" if node["type"] == "integer" else "a number") + _range(node)
-        case "array":
-            return _array(node) + " or ".join(map(_phrase, _branches(node["items"])))
-        case _:
-            return (
-                f"an object of up to {node['maxProperties']} entries"
-                if "maxProperties" in node
-                else "an object"
+    if request.top_logprobs and not request.logprobs:
+        raise InvalidRequest("top_logprobs needs logprobs to be true, not false", param="top_logprobs")
+    for position, message in enumerate(request.messages):
+        if isinstance(message, AssistantMessage) and message.content is None and not message.tool_calls:
+            raise missing(
+                f"messages[{position}].content",
+                "a string or an array of text parts, as there are no tool_calls",
             )
+    if request.tools or request.tool_choice:
+        _check_tools(request)
 
 
-def _array(node: dict[str, Any]) -> str:
-    if node.get("minItems"):
-        return "a non-empty array, each item "
-    return f"an array of up to {node['maxItems']} items, each "
+def _check_tools(request: ChatRequest) -> None:
+    functions = [tool.function for tool in request.tools or ()]
+    size = sum(len(function.parameters.encode()) for function in functions if function.parameters)
+    if size > MAX_TOOLS_BYTES:
+        raise InvalidRequest(
+            f"tools must have at most {MAX_TOOLS_BYTES} bytes of parameters as JSON, not {size}",
+            param="tools",
+        )
+    choice = request.tool_choice
+    if isinstance(choice, NamedToolChoice):
+        name = choice.function.name
+        if all(function.name != name for function in functions):
+            raise wrong("tool_choice.function.name", "the name of one of the tools", name)
+    elif choice == "required" and not functions:
+        raise wrong("tool_choice", 'left out or "none" or "auto" where there are no tools', choice)
 
 
-def _range(node: dict[str, Any]) -> str:
-    least, most = node.get("minimum"), node.get("maximum")
-    if most is None:
-        return f" of at least {least}"
-    return f" from {least} to {most}"
-
-
-# ---- answers, where a FastAPI route makes them --------------------------------------------------------
-
-
-class ErrorDetail(BaseModel):
-    """What went wrong."""
-
-    message: str = Field(description="For people: the field, its value and what was expected.")
-    type: str = Field(description="The class of error.", examples=["invalid_request_error"])
-    param: str | None = Field(description="The field that is wrong.", examples=["messages[0].role"])
-    code: str | None = Field(description="For programs.", examples=["invalid_value"])
-
-
-class ErrorEnvelope(BaseModel):
-    """Every error, whatever its status."""
-
-    error: ErrorDetail
-
-
-class Model(BaseModel):
-    """An available model. What is not known of it is left out."""
-
-    id: str = Field(description="The name to ask for.", examples=["smollm2-135m-instruct"])
-    object: Literal["model"] = "model"
-    created: int = Field(description="Unix seconds.", examples=[1735689600])
-    owned_by: str = Field(
-        description="Who answers for the deployment or the provider.", examples=["trunkline"]
-    )
-    name: str = Field(description="The same as id.", examples=["smollm2-135m-instruct"])
-    is_chat: bool = Field(description="Whether it answers chat completions.", examples=[True])
-    is_text: bool = Field(description="Whether it answers text completions.", examples=[False])
-    max_context_length: int | None = Field(
-        None, description="Tokens that prompt and answer may have together.", examples=[8192]
-    )
-    description: str | None = Field(None, description="For people who choose a model.")
-    creator: str | None = Field(None, description="Who made the model.")
-    license_name: str | None = Field(None, description="The license of its weights.", examples=["Apache-2.0"])
-    license_url: str | None = Field(None, description="Where that license can be read.")
-    public_endpoint_pricing: str | None = Field(
-        None, description="The price in words.", examples=["$0.0003 / 1k tokens"]
-    )
-    docs_url: str | None = Field(None, description="Where the model is documented.")
-    prompt_guide_url: str | None = Field(None, description="How to prompt it.")
-    state: Literal["ready", "loading", "stopped", "failed"] = Field(description="Whether it answers now.")
-    kind: Literal["hosted", "upstream"] = Field(
-        description="Whether it runs here or at an upstream provider."
-    )
-
-
-class ModelList(BaseModel):
-    """The available models, aliases as models of their own."""
-
-    object: Literal["list"] = "list"
-    data: list[Model]
+def _refuse_longer(data: dict[str, Any], name: str, limit: int) -> None:
+    """Before each entry is looked at: half a million bad ones took seconds."""
+    value = data.get(name)
+    if isinstance(value, list | dict) and len(value) > limit:
+        raise InvalidRequest(f"{name} must have at most {limit} entries, not {len(value)}", param=name)

@@ -8,10 +8,11 @@ from time import monotonic
 
 import structlog
 
+from router.backend import Job, Kind, State, Stream
 from router.dispatch import pick
 from router.errors import NoReplica, ReplicaLost
 from router.trunk import Leaving, Lost, Trunk, TrunkOptions, TrunkStream
-from serving.messages import Chat
+from serving.messages import Request
 
 log = structlog.get_logger(__name__)
 
@@ -27,6 +28,8 @@ Address = tuple[str, int]
 class Replicas:
     """The replicas of one model. Serve says which there are; only a trunk says which of them live."""
 
+    kind: Kind = "hosted"
+
     def __init__(self, name: str, options: TrunkOptions) -> None:
         self.name = name
         self.trunks: set[Trunk] = set()
@@ -34,6 +37,8 @@ class Replicas:
         """Tokens; not known before the first replica was."""
         self.waiting = 0
         """Requests that wait for a replica to be there."""
+        self.failed = False
+        """Serve has given up starting it."""
         self._options = options
         self._listed: Mapping[str, Address] = {}
         self._keepers: dict[str, asyncio.Task[None]] = {}
@@ -56,15 +61,18 @@ class Replicas:
                 keeper = asyncio.create_task(self._keep(replica), name=f"trunk to {replica}")
                 self._keepers[replica] = keeper
 
-    async def generate(
-        self, request: Chat, timeout_s: float, tried: Callable[[TrunkStream], None]
-    ) -> TrunkStream:
-        """A stream that has bytes to read, from the replica with the least to do. `tried` is told of each
-        stream as it is opened.
+    @property
+    def state(self) -> State:
+        if self.open:
+            return "ready"
+        return "failed" if self.failed else "loading"
 
-        Waits up to `timeout_s` seconds for a replica. A replica that is lost before the first byte is
-        replaced by another once; the client notices nothing. Raises ApiError.
+    async def generate(self, job: Job, timeout_s: float, tried: Callable[[Stream], None]) -> TrunkStream:
+        """A stream from the replica with the least to do.
+
+        A replica that is lost before the first byte is replaced by another once; the client notices nothing.
         """
+        request = job.message()
         deadline = monotonic() + timeout_s
         lost: Trunk | None = None
         while True:
@@ -93,7 +101,7 @@ class Replicas:
             keeper.cancel()
         await asyncio.gather(*self._keepers.values(), return_exceptions=True)
 
-    async def _available(self, request: Chat, deadline: float, besides: Trunk | None) -> Trunk:
+    async def _available(self, request: Request, deadline: float, besides: Trunk | None) -> Trunk:
         while (trunk := pick([trunk for trunk in self.open if trunk is not besides], request)) is None:
             self._changed.clear()
             self.waiting += 1

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import re
 from ipaddress import ip_address
-from typing import Annotated
+from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, SecretStr, field_validator
 
 from serving.messages import MAX_FRAME
 from serving.settings import Settings, TrunkSettings
@@ -19,6 +19,7 @@ Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
 # As MessagePack a request is at most twice as long as the JSON it came in, so it always fits a frame.
 LONGEST_BODY = MAX_FRAME // 2
 
+_PROVIDER_KEY = re.compile(r"[!-~]+")
 _HOST_LABEL = re.compile(r"(?!-)[A-Za-z0-9-]{1,63}(?<!-)")
 
 
@@ -75,8 +76,9 @@ class ModelTimeouts(Settings):
     queue_s: Seconds = Field(
         30.0, description="For a place in the in-flight work, and again for a replica to be there."
     )
+    upstream_connect_s: Seconds = Field(5.0, description="For a connection to an upstream provider.")
     first_token_s: Seconds = Field(
-        300.0, description="From handing the request to a replica to the first token."
+        300.0, description="From handing the request to a replica or a provider to the first token."
     )
     stall_s: Seconds = Field(60.0, description="Between two tokens.")
     total_s: Seconds = Field(
@@ -108,22 +110,61 @@ class ModelCard(Settings):
     public_endpoint_pricing: str | None = Field(
         None, description='The price in words, such as "$0.0003 / 1k tokens".'
     )
+    max_context_length: int | None = Field(
+        None,
+        ge=1,
+        description="Tokens that prompt and answer may have together; of a hosted model its engine tells.",
+    )
     is_chat: bool = Field(default=True, description="Whether it answers chat completions.")
-    is_text: bool = Field(default=False, description="Whether it answers text completions.")
+    is_text: bool = Field(default=True, description="Whether it answers text completions.")
 
 
-class HostedModel(Settings):
-    """One model of the deployment, as the router knows it."""
+StreamRole = Literal["first", "every"]
+RepetitionPenalty = Literal["additive", "multiplicative"]
+
+
+class AnswerSettings(Settings):
+    """How requests that leave something open are read, and how answers are written."""
+
+    default_max_tokens: int = Field(24, ge=1, description="max_tokens of a chat request that gives none.")
+    stream_role: StreamRole = Field(
+        "first",
+        description="Which chunks of a chat stream have a role: the first of a choice, as OpenAI's, or every"
+        " one, with a content that is never null, as Konko's had and LlamaIndex's client for it needs.",
+    )
+    repetition_penalty: RepetitionPenalty = Field(
+        "additive",
+        description="What the parameter of that name means: additive, -2 to 2 and neutral at 0, as the API"
+        " says; or multiplicative, above 0 to 2 and neutral at 1, as vLLM and Hugging Face have it.",
+    )
+
+
+class ModelSettings(AnswerSettings):
+    """One model of the deployment, as the router knows it, whatever answers for it."""
 
     name: str = Field(description="The name that clients ask for, in the case in which it is shown.")
     aliases: tuple[str, ...] = Field(
         (), description="Further names; each has an entry of its own in the list."
     )
-    application: str = Field(description="The Serve application that holds the model's replicas.")
     card: ModelCard = ModelCard()
     limits: ModelLimits = ModelLimits()
     timeouts: ModelTimeouts = ModelTimeouts()
-    default_max_tokens: int = Field(24, ge=1, description="max_tokens of a request that gives none.")
+
+
+class HostedModel(ModelSettings):
+    """A model that replicas of this deployment run."""
+
+    application: str = Field(description="The Serve application that holds the model's replicas.")
+
+
+class UpstreamModel(ModelSettings):
+    """A model that a provider serves."""
+
+    base_url: str = Field(description="The provider's address, to which /chat/completions is appended.")
+    upstream_name: str = Field(description="What the provider calls the model.")
+    api_key: SecretStr | None = Field(
+        None, description="The deployment's key there; without one each caller has to send its own."
+    )
 
 
 class RouterSettings(Settings):
@@ -132,10 +173,15 @@ class RouterSettings(Settings):
     created: int = Field(0, description="When the deployment was made, in Unix seconds.")
     listen: Listen = Listen()
     drain_s: float = Field(30.0, ge=0, description="Seconds that answers may take to end at a shut-down.")
-    models: tuple[HostedModel, ...] = ()
+    models: tuple[HostedModel | UpstreamModel, ...] = ()
     limits: Limits = Limits()
     timeouts: Timeouts = Timeouts()
     trunk: TrunkSettings = TrunkSettings()
+
+
+def is_provider_key(text: str) -> bool:
+    """Whether a text can be a key: printable ASCII, without spaces."""
+    return _PROVIDER_KEY.fullmatch(text) is not None
 
 
 def is_host(text: str) -> bool:

@@ -6,15 +6,16 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter
-from typing import NamedTuple, cast
+from typing import cast
 
 import structlog
 
+from router.backend import Piece
 from router.errors import FirstTokenTimeout, SlowReader, Stalled, from_refusal
 from router.settings import ModelTimeouts
 from serving import messages
 from serving.handshake import HandshakeFailed, nonce, prove, verify
-from serving.messages import Accepted, Chat, Chunk, Ended, Event, FrameReader, Load, Refused, Usage
+from serving.messages import Accepted, Chunk, Ended, Event, FrameReader, Load, Refused, Request, Usage
 from serving.metrics import TrunkTraffic
 from serving.settings import TrunkSettings
 
@@ -27,14 +28,6 @@ class Lost(Exception):
 
 class Leaving(Exception):
     """The replica is shutting down and has not taken the request."""
-
-
-class Piece(NamedTuple):
-    """What has gathered since the last read: bytes for the client and the tokens in them."""
-
-    data: bytes
-    tokens: int
-    last: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,15 +89,15 @@ class Trunk(asyncio.Protocol):
                 raise
         return trunk
 
-    def submit(self, request: Chat) -> TrunkStream:
+    def submit(self, request: Request) -> TrunkStream:
         """Open a stream for the request. A trunk that is closed gives a stream that is lost."""
         self._next_stream += 1
-        stream = TrunkStream(self, self._next_stream, request.sampling.n)
+        stream = TrunkStream(self, self._next_stream, request.sequences)
         if self.closed.done():
             stream.fail(Lost())
             return stream
         self.streams[self._next_stream] = stream
-        self.unreported += request.sampling.n
+        self.unreported += request.sequences
         self.send(messages.Submit(self._next_stream, request))
         return stream
 

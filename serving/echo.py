@@ -1,8 +1,9 @@
 """The echo engine: an engine without a model, for demonstrations, tests and router benchmarks.
 
-It repeats the words of the last user message until `max_tokens`. A word with the space before it is a
-token, and usage counts words; only a word of more than LONGEST_TOKEN characters is several. It batches as a
-real engine does: a step gives every running sequence one token, and sequences beyond `max_num_seqs` wait.
+It repeats the words of the last user message, or of a text completion's prompt, until `max_tokens`. A word
+with the space before it is a token, and usage counts words; only a word of more than LONGEST_TOKEN characters
+is several. Each is certain to come, so its logprob is 0. It batches as a real engine does: a step gives every
+running sequence one token, and sequences beyond `max_num_seqs` wait.
 """
 
 from __future__ import annotations
@@ -10,11 +11,21 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from itertools import islice
+from zlib import crc32
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from serving.engine import EngineDead, FinishReason, Prompt, Sink
-from serving.messages import Load, Message, Sampling
+from serving.engine import (
+    EngineDead,
+    FinishReason,
+    Logprob,
+    Prompt,
+    Refusal,
+    Sink,
+    TokenLogprobs,
+    fit,
+)
+from serving.messages import Chat, Load, NamedTool, Request, Sampling, Text
 
 LONGEST_TOKEN = 256
 """Characters. As with any tokenizer a token is short, so that no request makes a step's output large."""
@@ -40,6 +51,18 @@ def tokenize(text: str) -> list[str]:
         for word in map(" {}".format, text.split())
         for begin in range(0, len(word), LONGEST_TOKEN)
     ]
+
+
+def identified(words: Sequence[str]) -> list[tuple[str, tuple[int]]]:
+    """Each token with its id, as a `put` takes it. The same word has the same id everywhere."""
+    return [(word, (crc32(word.encode()),)) for word in words]
+
+
+def certain(token: str, likeliest: int) -> TokenLogprobs:
+    """The logprobs at a place where nothing but `token` can stand, with as many of the likeliest as there are
+    at most."""
+    chosen = Logprob(token, 0.0)
+    return TokenLogprobs(chosen, (chosen,)[:likeliest])
 
 
 class StopScanner:
@@ -71,15 +94,9 @@ class EchoSequence:
     """One choice of one request on its way through the batch."""
 
     def __init__(
-        self,
-        request_id: str,
-        prompt: Prompt,
-        sampling: Sampling,
-        choice: int,
-        sink: Sink,
-        ready_at: float,
+        self, request: Request, prompt: Prompt, sampling: Sampling, choice: int, sink: Sink, ready_at: float
     ) -> None:
-        self.request_id = request_id
+        self.request_id = request.id
         self.ready_at = ready_at
         self.produced = 0
         self._prompt = prompt
@@ -87,7 +104,10 @@ class EchoSequence:
         self._sink = sink
         self._max_tokens = sampling.max_tokens
         self._scanner = StopScanner(sampling.stop)
-        seed = sampling.choice_seed(choice) if sampling.temperature > 0 else None
+        self._logprobs = request.logprobs
+        # A message begins without the space between words. What goes on with a text begins with it.
+        self._begins = isinstance(request, Chat)
+        seed = sampling.choice_seed(choice % sampling.n) if sampling.temperature > 0 else None
         self._position = (seed or 0) % max(1, len(prompt.content))
 
     @property
@@ -97,23 +117,30 @@ class EchoSequence:
 
     def step(self) -> bool:
         """Put the next token into the sink; whether it was the last."""
-        text, tokens, finish_reason = self._next()
-        self._sink.put(self._choice, text, tokens, finish_reason)
-        return finish_reason is not None
-
-    def _next(self) -> tuple[str, int, FinishReason | None]:
         tokens = self._prompt.content
         if not tokens:
-            return "", 0, "stop"
-        token = tokens[self._position]
+            self._sink.put(self._choice, "", (), "stop")
+            return True
+        token, token_ids = tokens[self._position]
         self._position = (self._position + 1) % len(tokens)
-        text, stopped = self._scanner.feed(token if self.produced else token.removeprefix(" "))
+        if self._begins:
+            self._begins = False
+            token = token.removeprefix(" ")
+        text, finish_reason = self._next(token)
+        if self._logprobs is None:
+            self._sink.put(self._choice, text, token_ids, finish_reason)
+        else:
+            self._sink.put(self._choice, text, token_ids, finish_reason, (certain(token, self._logprobs),))
+        return finish_reason is not None
+
+    def _next(self, token: str) -> tuple[str, FinishReason | None]:
         self.produced += 1
+        text, stopped = self._scanner.feed(token)
         if stopped:
-            return text, 1, "stop"
+            return text, "stop"
         if self.produced == self._max_tokens:
-            return text + self._scanner.rest(), 1, "length"
-        return text, 1, None
+            return text + self._scanner.rest(), "length"
+        return text, None
 
 
 class EchoEngine:
@@ -133,18 +160,22 @@ class EchoEngine:
     async def start(self) -> None:
         self._stepping = asyncio.create_task(self._run(), name="echo engine")
 
-    async def render(self, messages: Sequence[Message]) -> Prompt:
-        spoken = [message.content for message in messages if message.role == "user"]
-        length = sum(len(tokenize(message.content)) for message in messages)
-        return Prompt(length, tokenize(spoken[-1]) if spoken else [])
+    async def render(self, request: Request) -> list[Prompt]:
+        return _text_prompts(request) if isinstance(request, Text) else [_chat_prompt(request)]
 
-    async def generate(self, request_id: str, prompt: Prompt, sampling: Sampling, sink: Sink) -> None:
+    async def generate(self, request: Request, prompts: Sequence[Prompt], sink: Sink) -> None:
+        param = "prompt" if isinstance(request, Text) else "messages"
+        samplings = [fit(request.sampling, prompt, self.context_length, param=param) for prompt in prompts]
         sink.accepted()
+        if isinstance(request, Text) and request.echo and request.logprobs is not None:
+            _tell_prompts(prompts, request.logprobs, sink)
         ready_at = asyncio.get_running_loop().time() + self._arguments.time_to_first_token_s
+        n = request.sampling.n
         sequences = [
-            EchoSequence(request_id, prompt, sampling, choice, sink, ready_at) for choice in range(sampling.n)
+            EchoSequence(request, prompts[choice // n], samplings[choice // n], choice, sink, ready_at)
+            for choice in range(request.sequences)
         ]
-        self._requests[request_id] = set(sequences)
+        self._requests[request.id] = set(sequences)
         self._waiting.update(dict.fromkeys(sequences))
         self._work.set()
 
@@ -209,3 +240,37 @@ class EchoEngine:
         capacity = self._arguments.max_num_seqs * self._arguments.max_model_len
         held = sum(sequence.context for sequence in self._running)
         self._load = Load(len(self._running), len(self._waiting), held / capacity)
+
+
+def _chat_prompt(request: Chat) -> Prompt:
+    """Raises Refusal for what takes a model."""
+    if request.response_format is not None:
+        raise Refusal(
+            "response_format: this model repeats words and cannot hold a format; only text is accepted",
+            param="response_format",
+        )
+    if request.tools and (request.tool_choice == "required" or isinstance(request.tool_choice, NamedTool)):
+        raise Refusal(
+            "tool_choice: this model repeats words and never calls a tool; only none and auto are accepted",
+            param="tool_choice",
+        )
+    length = sum(len(tokenize(message.content or "")) for message in request.messages)
+    spoken = [message.content or "" for message in request.messages if message.role == "user"]
+    return Prompt(length, identified(tokenize(spoken[-1])) if spoken else [])
+
+
+def _text_prompts(request: Text) -> list[Prompt]:
+    """Of token ids each is the word of its decimal digits."""
+    texts = [prompt if isinstance(prompt, str) else " ".join(map(str, prompt)) for prompt in request.prompts]
+    contents = [identified(tokenize(text)) for text in texts]
+    return [
+        Prompt(len(content), content, text if request.echo else None)
+        for text, content in zip(texts, contents, strict=True)
+    ]
+
+
+def _tell_prompts(prompts: Sequence[Prompt], likeliest: int, sink: Sink) -> None:
+    for at, prompt in enumerate(prompts):
+        if prompt.content:
+            first, *others = [token for token, _ in prompt.content]
+            sink.prompt_logprobs(at, first.removeprefix(" "), [certain(token, likeliest) for token in others])

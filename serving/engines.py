@@ -10,7 +10,7 @@ from serving.settings import EngineSettings
 
 VLLM_ENVIRONMENT = {
     # Children start as new programs, not as forks: whoever looks for orphans finds them by their environment.
-    "VLLM_WORKER_MULTIPROCESSING_METHOD": "spawn",
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
 }

@@ -15,7 +15,7 @@ from typing import Literal
 
 import msgspec
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Version of everything in this file; two ends of different versions refuse each other."""
 
 MAX_FRAME = 64 * 1024 * 1024
@@ -35,12 +35,50 @@ class FrameTooLong(ValueError):
     """The peer announced a frame longer than its end may send."""
 
 
+class ToolCall(msgspec.Struct, frozen=True, array_like=True):
+    """A call of a function that a model has asked for."""
+
+    id: str
+    name: str
+    arguments: str
+    """JSON as the model wrote it: it may be broken."""
+
+
 class Message(msgspec.Struct, frozen=True, array_like=True):
     """One chat message, its content parts already joined into one text."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str
+    content: str | None
+    """None only beside tool calls."""
     name: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str | None = None
+    """Of a message of role tool: the call that it answers."""
+    reasoning: str | None = None
+    """What an assistant thought before it spoke, for chat templates that show it again."""
+
+
+class Tool(msgspec.Struct, frozen=True, array_like=True):
+    """A function that a model may ask to have called."""
+
+    name: str
+    description: str | None = None
+    parameters: str | None = None
+    """JSON Schema of its arguments, as JSON."""
+    strict: bool | None = None
+
+
+class NamedTool(msgspec.Struct, frozen=True, array_like=True):
+    """The choice of one function, which must be called."""
+
+    name: str
+
+
+class ResponseFormat(msgspec.Struct, frozen=True, array_like=True):
+    """What every answer must be: JSON, of a schema where there is one."""
+
+    schema: str | None = None
+    """JSON Schema, as JSON; None: any object."""
 
 
 class Sampling(msgspec.Struct, frozen=True, array_like=True):
@@ -54,8 +92,12 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True):
     presence_penalty: float = 0.0
     repetition_penalty: float = 0.0
     """Additive: every logit falls by this times the token's count in prompt and output."""
+    repetition_factor: float = 1.0
+    """Multiplicative, vLLM's own: logits of tokens in prompt or output are divided (below zero: multiplied)
+    by it. At most one of the two is not neutral."""
     logit_bias: dict[int, float] = {}
     n: int = 1
+    """Choices for each prompt."""
     seed: int | None = None
     """None: not reproducible. Choice i takes seed + i, wrapped to int64."""
     stop: tuple[str, ...] = ()
@@ -73,7 +115,7 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True):
         return (self.seed + choice + 2**63) % 2**64 - 2**63
 
 
-class Chat(msgspec.Struct, frozen=True, array_like=True):
+class Chat(msgspec.Struct, frozen=True, array_like=True, tag=1):
     """A validated chat completion request."""
 
     id: str
@@ -86,13 +128,57 @@ class Chat(msgspec.Struct, frozen=True, array_like=True):
     sampling: Sampling
     stream: bool = False
     include_usage: bool = False
+    role_in_every_chunk: bool = False
+    """Whether each chunk of a stream has a role and a content, as some clients need."""
+    logprobs: int | None = None
+    """How many of the likeliest tokens to tell beside each generated one; None tells nothing."""
+    response_format: ResponseFormat | None = None
+    tools: tuple[Tool, ...] = ()
+    tool_choice: Literal["none", "auto", "required"] | NamedTool = "auto"
+    """Without tools it says nothing."""
+    parallel_tool_calls: bool = True
+    reasoning_effort: str | None = None
+    """For the chat template, in its own words."""
+    chat_template_kwargs: str | None = None
+    """A JSON object, as JSON, whose values the chat template sees under their names."""
+
+    @property
+    def sequences(self) -> int:
+        """Choices over all prompts: what the request takes of an engine's batch."""
+        return self.sampling.n
+
+
+class Text(msgspec.Struct, frozen=True, array_like=True, tag=2):
+    """A validated text completion request. Choice i belongs to prompt i // n."""
+
+    id: str
+    model: str
+    created: int
+    prompts: tuple[str | tuple[int, ...], ...]
+    """Each a text or token ids."""
+    sampling: Sampling
+    """Its max_tokens may be 0: the answer is empty, or the prompt where that is echoed."""
+    stream: bool = False
+    include_usage: bool = False
+    echo: bool = False
+    """Whether each choice's text begins with its prompt."""
+    logprobs: int | None = None
+
+    @property
+    def sequences(self) -> int:
+        """Choices over all prompts: what the request takes of an engine's batch."""
+        return len(self.prompts) * self.sampling.n
+
+
+Request = Chat | Text
+"""What a replica generates for."""
 
 
 class Submit(msgspec.Struct, frozen=True, array_like=True, tag=1):
     """Router to replica: generate this; `stream` names it on this trunk from now on."""
 
     stream: int
-    request: Chat
+    request: Request
 
 
 class Cancel(msgspec.Struct, frozen=True, array_like=True, tag=2):
@@ -107,6 +193,7 @@ class Usage(msgspec.Struct, frozen=True, array_like=True):
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int = 0
+    reasoning_tokens: int = 0
 
 
 class Accepted(msgspec.Struct, frozen=True, array_like=True, tag=1):

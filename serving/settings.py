@@ -51,6 +51,24 @@ class EngineSettings(Settings):
         default_factory=dict,
         description="The engine's arguments: those of vLLM under their own names, or those of echo.",
     )
+    tool_parser: str | None = Field(
+        None,
+        description="vLLM's name for the way in which the model writes calls of functions, such as hermes or"
+        " llama3_json. Without one, requests with tools to be called are refused.",
+    )
+    reasoning_parser: str | None = Field(
+        None,
+        description="vLLM's name for the way in which the model marks its reasoning, such as qwen3 or"
+        " deepseek_r1. With one, answers have their reasoning apart; without one, it stays in the text.",
+    )
+
+    @model_validator(mode="after")
+    def _parsers_fit_engine(self) -> Self:
+        for name in ("tool_parser", "reasoning_parser"):
+            value = getattr(self, name)
+            if self.engine != "vllm" and value is not None:
+                raise ValueError(f"{name}: {value!r} is given, but the engine {self.engine} parses nothing")
+        return self
 
     @model_validator(mode="after")
     def _source_fits_engine(self) -> Self:

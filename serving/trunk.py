@@ -14,8 +14,9 @@ from typing import Any, cast
 
 import structlog
 
-from serving import chat, messages
+from serving import messages
 from serving.engine import Engine, Refusal
+from serving.generate import generate
 from serving.handshake import HandshakeFailed, nonce, prove, verify
 from serving.messages import Accepted, Chunk, Ended, Event, Frame, FrameReader, Load, Refused, Usage
 from serving.metrics import TrunkTraffic
@@ -301,7 +302,7 @@ class Connection(asyncio.Protocol):
 
 
 class ReplicaStream:
-    """One request on one trunk: the outlet that `chat` writes to."""
+    """One request on one trunk: the outlet that its answer is written to."""
 
     __slots__ = ("_closed", "_connection", "_engine", "_progressed", "_request", "_starting", "_stream")
 
@@ -316,7 +317,7 @@ class ReplicaStream:
 
     def start(self) -> None:
         """Begin to generate."""
-        self._starting = asyncio.create_task(chat.generate(self._engine, self._request, self))
+        self._starting = asyncio.create_task(generate(self._engine, self._request, self))
 
     def cancel(self) -> None:
         """Nobody waits any more: free what the request holds in the engine. Idempotent."""

@@ -10,23 +10,18 @@ Import this module only through `serving.engines`, which sets the environment fi
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import structlog
 from vllm import envs
-from vllm.config import VllmConfig
+from vllm.config import StructuredOutputsConfig, VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
-from vllm.exceptions import GracefulHTTPError, VLLMClientError, VLLMValidationError
-from vllm.outputs import PoolingRequestOutput, RequestOutput
+from vllm.exceptions import GracefulHTTPError, VLLMClientError
 from vllm.platforms import current_platform
-from vllm.renderers import BaseRenderer, ChatParams
-from vllm.renderers.chat_utils import ChatTemplateResolutionError
 from vllm.tasks import SupportedTask
 from vllm.usage.usage_lib import UsageContext
-from vllm.utils.mistral import is_mistral_tokenizer
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
@@ -34,35 +29,38 @@ from vllm.v1.engine.output_processor import RequestOutputCollector
 from vllm.v1.metrics.loggers import StatLoggerBase
 from vllm.v1.metrics.stats import IterationStats, MultiModalCacheStats, SchedulerStats
 
-from serving.engine import EngineDead, FinishReason, Prompt, Refusal, Sink
-from serving.messages import Load, Message, Sampling
+from serving import penalties
+from serving.engine import EngineDead, Prompt, Refusal, Sink, fit
+from serving.messages import Load, Request, Sampling, Text
 from serving.settings import EngineSettings
 from serving.source import resolve
-from serving.vllm_requests import (
-    COUNTED_CONTEXTS,
-    choice_request,
-    conversation_message,
-    prompt_refusal,
-    sampling_params,
-    sampling_refusal,
-)
+from serving.vllm_grammars import Grammars
+from serving.vllm_rendering import Renderer
+from serving.vllm_requests import Rendered, choice_request, sampling_params, sampling_refusal
+from serving.vllm_streams import Choice, Stream
 
 log = structlog.get_logger(__name__)
 
-CPU_DEFAULTS = {
+DEFAULTS: dict[str, Any] = {
+    # Left to itself vLLM takes the backend of the first request that needs one, and no other can be given
+    # compact JSON. Without that, a small model writes white space until it has no tokens left.
+    "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
+}
+"""Engine arguments where the configuration says nothing."""
+
+CPU_DEFAULTS: dict[str, Any] = {
     # bfloat16 was seen to give wrong text on one CPU and to be no faster on another; compiling takes two
     # minutes of start.
     "dtype": "float32",
     "enforce_eager": True,
     # Left alone, vLLM takes a share of all memory.
     "kv_cache_memory_bytes": 1 << 30,
+    "enable_chunked_prefill": False,
 }
-"""Engine arguments on a CPU where the configuration says nothing."""
+"""The same on a CPU, beside them."""
 
 CLOSE_TIMEOUT_S = 2.0
 """What the engine core gets to end by itself before it and its workers are killed. It has nothing to save."""
-
-_FINISH_REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length"}
 
 
 class VllmEngine:
@@ -76,11 +74,14 @@ class VllmEngine:
         self._aborts: set[asyncio.Task[None]] = set()
         self._llm: AsyncLLM | None = None
         self._outputs: asyncio.Task[Any]
-        self._renderer: ChatRenderer
+        self._grammars: Grammars
+        self._renderer: Renderer
         self._tasks: tuple[SupportedTask, ...]
+        self._penalizes: bool
 
     async def start(self) -> None:
         config = await asyncio.to_thread(_configure, self._settings)
+        self._penalizes = penalties.processor(config) is not None
         # Blocks until the model is loaded. It has to be made on the loop that it will run on.
         llm = self._llm = AsyncLLM.from_vllm_config(
             config,
@@ -95,33 +96,38 @@ class VllmEngine:
         envs.enable_envs_cache()
         self._tasks = await llm.get_supported_tasks()
         self.context_length = llm.model_config.max_model_len
-        self._renderer = ChatRenderer(llm.renderer, self.context_length)
+        self._grammars = Grammars(config, llm.get_tokenizer())
+        self._renderer = Renderer(config, llm.renderer, self._settings, self._grammars)
         await asyncio.to_thread(self._renderer.warm_up)
 
-    async def render(self, messages: Sequence[Message]) -> Prompt:
-        return await self._renderer.render(messages)
+    async def render(self, request: Request) -> list[Prompt]:
+        return await self._renderer.render(request)
 
-    async def generate(self, request_id: str, prompt: Prompt, sampling: Sampling, sink: Sink) -> None:
+    async def generate(self, request: Request, prompts: Sequence[Prompt], sink: Sink) -> None:
         llm = self._running
         if llm.errored:
             raise EngineDead("the engine has died")
-        requests = self._choices(request_id, prompt, sampling)
-        stream = self._streams[request_id] = Stream(self, request_id, sink, len(requests))
+        if any(prompt.content.constrained_by for prompt in prompts):
+            # Checking a constraint takes vLLM a while.
+            choices = await asyncio.to_thread(self._choices, request, prompts)
+        else:
+            choices = self._choices(request, prompts)
+        stream = self._open(request, sink)
         sink.accepted()
         try:
-            for index, request in enumerate(requests):
+            for index, choice in enumerate(choices):
                 # vLLM asks nothing of a queue but `put`.
                 queue = cast("RequestOutputCollector", Choice(stream, index))
-                llm.output_processor.add_request(request, None, None, index, queue)
-            for request in requests:
+                llm.output_processor.add_request(choice, None, None, index, queue)
+            for choice in choices:
                 # A choice sent after the abort of its siblings would run to its end unheard.
                 if not stream.closed:
-                    await llm.engine_core.add_request_async(request)
+                    await llm.engine_core.add_request_async(choice)
         except Exception as error:
-            log.exception("a request could not be handed to the engine", completion=request_id)
+            log.exception("a request could not be handed to the engine", completion=request.id)
             stream.fail(EngineDead("the engine has died") if llm.errored else error)
         except BaseException:
-            self.cancel(request_id)
+            self.cancel(request.id)
             raise
 
     def cancel(self, request_id: str) -> None:
@@ -132,10 +138,6 @@ class VllmEngine:
             abort = asyncio.get_running_loop().create_task(self._abort(request_id))
             self._aborts.add(abort)
             abort.add_done_callback(self._aborts.discard)
-
-    def finished(self, request_id: str) -> None:
-        """The last choice of a request has ended by itself; called by its stream."""
-        self._streams.pop(request_id, None)
 
     def load(self) -> Load:
         return self._gauge.load
@@ -151,6 +153,7 @@ class VllmEngine:
         await asyncio.gather(*self._aborts)
         llm, self._llm = self._llm, None
         if llm is not None:
+            await self._grammars.close()
             if llm.output_handler is not None:
                 # First, or it reports the engine core's end as a failure.
                 llm.output_handler.cancel()
@@ -168,123 +171,58 @@ class VllmEngine:
         except (EngineDead, EngineDeadError):
             log.info("the engine is dead, and so is its request", completion=request_id)
 
-    def _choices(self, request_id: str, prompt: Prompt, sampling: Sampling) -> list[EngineCoreRequest]:
+    def _open(self, request: Request, sink: Sink) -> Stream:
+        if request.id in self._streams:
+            raise ValueError(f"a request with the id {request.id!r} is being generated already")
+        stream = Stream(
+            request,
+            sink,
+            self._running.get_tokenizer(),
+            finished=self._streams.pop,
+            cancel=self.cancel,
+        )
+        self._streams[request.id] = stream
+        return stream
+
+    def _choices(self, request: Request, prompts: Sequence[Prompt]) -> list[EngineCoreRequest]:
         """One engine request for each choice; vLLM's own fan-out refuses temperature 0, and its seeds do
         not wrap. Raises Refusal.
         """
-        if request_id in self._streams:
-            raise ValueError(f"a request with the id {request_id!r} is being generated already")
-        if sampling.repetition_penalty:
+        if request.sampling.repetition_penalty and not self._penalizes:
             raise Refusal(
-                "repetition_penalty: this model's engine does not apply it yet; only 0 is accepted",
+                "repetition_penalty: this model's engine cannot apply it, as with speculative decoding; only"
+                " 0 is accepted",
                 param="repetition_penalty",
             )
         llm = self._running
+        param = "prompt" if isinstance(request, Text) else "messages"
         try:
-            llm.check_admission(sampling.n, request_id)
-            request = llm.input_processor.process_inputs(
-                request_id, prompt.content, sampling_params(sampling), supported_tasks=self._tasks
-            )
+            llm.check_admission(request.sequences, request.id)
+            return [
+                choice
+                for prompt in prompts
+                for choice in self._choices_of(
+                    request, prompt.content, fit(request.sampling, prompt, self.context_length, param=param)
+                )
+            ]
         except VLLMClientError as error:
-            raise sampling_refusal(error) from error
+            raise sampling_refusal(error, prompts[0].content.constrained_by) from error
         except GracefulHTTPError as error:
             raise Refusal(error.message, status=error.http_status) from error
-        return [choice_request(request, sampling, choice) for choice in range(sampling.n)]
 
-
-class Stream:
-    """One request in flight: where its output goes, until its last choice has ended or it is cancelled."""
-
-    __slots__ = ("_begun", "_engine", "_request_id", "_sink", "_unfinished", "closed")
-
-    def __init__(self, engine: VllmEngine, request_id: str, sink: Sink, choices: int) -> None:
-        self.closed = False
-        """Once true, the sink hears nothing more."""
-        self._engine = engine
-        self._request_id = request_id
-        self._sink = sink
-        self._unfinished = choices
-        self._begun = False
-
-    def put(self, choice: int, output: RequestOutput) -> None:
-        """Pass on what one engine step made for one choice."""
-        if not self._begun:
-            self._begun = True
-            self._sink.cached_tokens = output.num_cached_tokens or 0
-        completion = output.outputs[0]
-        reason = completion.finish_reason
-        if reason is None:
-            self._sink.put(choice, completion.text, len(completion.token_ids), None)
-        elif reason in _FINISH_REASONS:
-            self._sink.put(choice, completion.text, len(completion.token_ids), _FINISH_REASONS[reason])
-            self._unfinished -= 1
-            if not self._unfinished:
-                self.closed = True
-                self._engine.finished(self._request_id)
-        else:
-            self.fail(RuntimeError(f"the engine ended a choice with {reason!r}"))
-
-    def fail(self, error: Exception) -> None:
-        """Give up on all choices and tell the sink, once."""
-        if not self.closed:
-            self._engine.cancel(self._request_id)
-            self._sink.fail(error)
-
-
-class Choice:
-    """What vLLM takes for the queue of one choice's request."""
-
-    __slots__ = ("_index", "_stream")
-
-    def __init__(self, stream: Stream, index: int) -> None:
-        self._stream = stream
-        self._index = index
-
-    def put(self, output: RequestOutput | PoolingRequestOutput | Exception) -> None:
-        """Called by vLLM on the event loop. An exception from here would end the output of every request."""
-        if self._stream.closed:
-            return
-        try:
-            if isinstance(output, RequestOutput):
-                self._stream.put(self._index, output)
-            else:
-                self._stream.fail(EngineDead("the engine has died"))
-        except Exception as error:
-            log.exception("a sink failed")
-            self._stream.fail(error)
-
-
-class ChatRenderer:
-    """Messages to prompt tokens, under the model's chat template and off the event loop."""
-
-    def __init__(self, renderer: BaseRenderer[Any], context_length: int) -> None:
-        self._renderer = renderer
-        self._context_length = context_length
-        # A template gives text, which is then tokenized; Mistral's tokenizers give tokens at once.
-        tokenize = is_mistral_tokenizer(renderer.tokenizer)
-        self._template = ChatParams(
-            chat_template_kwargs={"add_generation_prompt": True, "tokenize": tokenize}
+    def _choices_of(self, request: Request, prompt: Rendered, sampling: Sampling) -> list[EngineCoreRequest]:
+        params = sampling_params(
+            sampling,
+            logprobs=request.logprobs,
+            prompt_logprobs=request.logprobs if isinstance(request, Text) and request.echo else None,
+            **prompt.sampling,
         )
-        self._counting = dataclasses.replace(
-            renderer.default_chat_tok_params, max_total_tokens=COUNTED_CONTEXTS * context_length
+        asked = self._running.input_processor.process_inputs(
+            request.id, prompt.input, params, supported_tasks=self._tasks
         )
-
-    def warm_up(self) -> None:
-        """Compile the template, so that the first request does not wait for it."""
-        self._renderer.warmup(self._template)
-
-    async def render(self, messages: Sequence[Message]) -> Prompt:
-        """Raises Refusal: the template's, or one for a prompt far longer than the context."""
-        conversation: Any = [conversation_message(message) for message in messages]
-        try:
-            _, (content,) = await self._renderer.render_chat_async(
-                [conversation], self._template, self._counting
-            )
-        except VLLMValidationError as error:
-            raise prompt_refusal(error, self._context_length) from error
-        except ChatTemplateResolutionError as error:
-            raise Refusal("model: it has no chat template, so it cannot chat", param="model") from error
-        return Prompt(len(content["prompt_token_ids"]), content)
+        for name, value in prompt.reasoning.items():
+            setattr(asked, name, value)
+        return [choice_request(asked, sampling, choice) for choice in range(sampling.n)]
 
 
 class LoadGauge:
@@ -330,15 +268,30 @@ class _SchedulerListener(StatLoggerBase):
 
 def engine_arguments(folder: Path, settings: EngineSettings) -> AsyncEngineArgs:
     """The configuration's arguments, with this platform's defaults below them and Trunkline's own above."""
-    defaults: dict[str, Any] = CPU_DEFAULTS if current_platform.is_cpu() else {}
+    defaults = DEFAULTS | CPU_DEFAULTS if current_platform.is_cpu() else DEFAULTS
     ours = {
         "model": str(folder),
         "served_model_name": settings.name or settings.source,
         "generation_config": "vllm",
+        "reasoning_parser": settings.reasoning_parser or "",
     }
-    return AsyncEngineArgs(**defaults | settings.engine_args | ours)
+    arguments = defaults | settings.engine_args | ours
+    # vLLM sets fields of it, so it cannot stay a dictionary.
+    outputs = StructuredOutputsConfig(**arguments.pop("structured_outputs_config"))
+    return AsyncEngineArgs(**arguments, structured_outputs_config=outputs)
 
 
 def _configure(settings: EngineSettings) -> VllmConfig:
     folder = resolve(settings.source or "", log.info)
-    return engine_arguments(folder, settings).create_engine_config(UsageContext.OPENAI_API_SERVER)
+    config = engine_arguments(folder, settings).create_engine_config(UsageContext.OPENAI_API_SERVER)
+    if current_platform.is_cpu() and config.scheduler_config.enable_chunked_prefill:
+        # vLLM 0.32 turns a request's random generator back for each chunk, which those of a CPU cannot do.
+        raise ValueError(
+            "engine_args.enable_chunked_prefill: must be false or left out on a CPU, where a seeded request"
+            " whose prefill is done in chunks ends vLLM's worker"
+        )
+    penalty = penalties.processor(config)
+    if penalty is not None:
+        model = config.model_config
+        model.logits_processors = [*(model.logits_processors or ()), penalty]
+    return config

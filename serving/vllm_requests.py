@@ -5,15 +5,20 @@ Import this module only through `serving.engines`, which sets the environment fi
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from copy import copy
+from dataclasses import dataclass, field
+from typing import Any
 
 from vllm.exceptions import VLLMClientError, VLLMValidationError
+from vllm.inputs import EngineInput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.input_processor import InputProcessor
 
 from serving.engine import Refusal
-from serving.messages import Message, Sampling
+from serving.messages import Sampling
+from serving.penalties import PENALTY
 
 COUNTED_CONTEXTS = 4
 """Prompts of up to this many context lengths are counted exactly before they are refused; a longer one is
@@ -29,16 +34,25 @@ nor do they meet where an engine looks at the low 32 bits only."""
 _SAMPLING_FIELDS = frozenset(Sampling.__struct_fields__)
 
 
-def conversation_message(message: Message) -> dict[str, str]:
-    """The message as vLLM's chat templates take it."""
-    said = {"role": message.role, "content": message.content}
-    return said if message.name is None else said | {"name": message.name}
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """What vLLM gets of a prompt, and what rendering it has settled."""
+
+    input: EngineInput
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    """Of vLLM's sampling parameters."""
+    reasoning: Mapping[str, Any] = field(default_factory=dict)
+    """Of vLLM's engine request: how the engine finds where the reasoning ends and a constraint begins."""
+    constrained_by: str | None = None
+    """The field of the request that has a constraint put on the answer."""
 
 
-def sampling_params(sampling: Sampling) -> SamplingParams:
-    """The same for vLLM, but for the seed, which differs from choice to choice."""
+def sampling_params(sampling: Sampling, **others: Any) -> SamplingParams:
+    """The same for vLLM, but for the seed, which differs from choice to choice; and `others`, which are
+    vLLM's own."""
     likeliest_only = sampling.top_p == 0
     temperature = sampling.temperature
+    penalty = sampling.repetition_penalty
     return SamplingParams(
         max_tokens=sampling.max_tokens,
         temperature=max(temperature, LEAST_TEMPERATURE) if temperature else 0.0,
@@ -48,13 +62,16 @@ def sampling_params(sampling: Sampling) -> SamplingParams:
         min_p=sampling.min_p,
         frequency_penalty=sampling.frequency_penalty,
         presence_penalty=sampling.presence_penalty,
+        repetition_penalty=sampling.repetition_factor,
         logit_bias=sampling.logit_bias or None,
         stop=list(sampling.stop),
         stop_token_ids=list(sampling.stop_token_ids),
         min_tokens=sampling.min_tokens,
         ignore_eos=sampling.ignore_eos,
+        extra_args={PENALTY: penalty} if penalty else None,
         output_kind=RequestOutputKind.DELTA,
         skip_clone=True,  # nobody else holds it
+        **others,
     )
 
 
@@ -70,21 +87,27 @@ def choice_request(request: EngineCoreRequest, sampling: Sampling, choice: int) 
     return child
 
 
-def sampling_refusal(error: VLLMClientError) -> Refusal:
-    """What vLLM has against a request, in its words, naming the parameter where it is known."""
+def sampling_refusal(error: VLLMClientError, otherwise: str | None = None) -> Refusal:
+    """What vLLM has against a request, in its words, naming the parameter where it is known, or the one that
+    it must be `otherwise`."""
     message = str(error.args[0])
     first_word = message.partition(" ")[0]
     param = getattr(error, "parameter", None) or (first_word if first_word in _SAMPLING_FIELDS else None)
+    if param is None and otherwise is not None:
+        return Refusal(f"{otherwise}: {message}", param=otherwise)
     return Refusal(message, param=param)
 
 
-def prompt_refusal(error: VLLMValidationError, context_length: int) -> Refusal:
-    """What vLLM has against the messages: their length, or what the chat template says."""
+def prompt_refusal(error: VLLMValidationError, context_length: int, param: str) -> Refusal:
+    """What vLLM has against a prompt, which comes from the field `param`: its length, or what the chat
+    template or the vocabulary says.
+    """
     if error.parameter not in {"input_text", "input_tokens"}:
-        return Refusal(f"messages: the model's chat template refuses them: {error.args[0]}", param="messages")
+        said = "the model's chat template refuses them: " if param == "messages" else ""
+        return Refusal(f"{param}: {said}{error.args[0]}", param=param)
     return Refusal(
-        f"messages: the prompt has more than {COUNTED_CONTEXTS * context_length} tokens, and with at least"
+        f"{param}: the prompt has more than {COUNTED_CONTEXTS * context_length} tokens, and with at least"
         f" one token of answer it must fit the model's context of {context_length} tokens",
-        param="messages",
+        param=param,
         code="context_length_exceeded",
     )

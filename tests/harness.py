@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import socket
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -21,12 +21,22 @@ from uvicorn.server import ServerState
 from router.app import Application
 from router.catalog import Model
 from router.http import uvicorn_server
-from router.settings import HostedModel, Limits, ModelLimits, ModelTimeouts, RouterSettings, Timeouts
+from router.replicas import Replicas
+from router.settings import (
+    HostedModel,
+    Limits,
+    ModelLimits,
+    ModelTimeouts,
+    RouterSettings,
+    Timeouts,
+    UpstreamModel,
+)
 from router.trunk import TrunkOptions
+from router.upstream import Upstream
 from serving.echo import EchoArguments, EchoEngine
-from serving.engine import Engine, EngineDead, FinishReason, Prompt, Sink
+from serving.engine import Engine, EngineDead, FinishReason, Parser, Prompt, Sink
 from serving.exposition import merge, render
-from serving.messages import Load, Message, Sampling
+from serving.messages import Chat, Load, Request
 from serving.metrics import Counter, TrunkTraffic
 from serving.settings import TrunkSettings
 from serving.trunk import TrunkServer
@@ -55,9 +65,8 @@ OPTIONS = TrunkOptions(
 class HandRequest:
     """One request in the hands of a test."""
 
-    id: str
+    request: Request
     prompt: Prompt
-    sampling: Sampling
     sink: Sink
 
 
@@ -75,21 +84,27 @@ class HandEngine:
         self.rendering = asyncio.Event()
         """Cleared, it holds up whoever renders a prompt."""
         self.rendering.set()
+        self.parser: Callable[[], Parser] | None = None
+        """What reads its chats."""
         self._dead: asyncio.Future[EngineDead] | None = None
 
     async def start(self) -> None:
         self._dead = asyncio.get_running_loop().create_future()
 
-    async def render(self, messages: Sequence[Message]) -> Prompt:
+    async def render(self, request: Request) -> list[Prompt]:
         await self.rendering.wait()
-        return Prompt(sum(len(message.content.split()) for message in messages), None)
+        if isinstance(request, Chat):
+            words = " ".join(message.content or "" for message in request.messages).split()
+            return [Prompt(len(words), None, parser=self.parser)]
+        texts = map(str, request.prompts)
+        return [Prompt(len(text.split()), None, text if request.echo else None) for text in texts]
 
-    async def generate(self, request_id: str, prompt: Prompt, sampling: Sampling, sink: Sink) -> None:
+    async def generate(self, request: Request, prompts: Sequence[Prompt], sink: Sink) -> None:
         if self.refusal is not None:
             raise self.refusal
         sink.accepted()
         self.seen += 1
-        self.requests[request_id] = HandRequest(request_id, prompt, sampling, sink)
+        self.requests[request.id] = HandRequest(request, prompts[0], sink)
 
     def say(self, text: str, finish_reason: FinishReason | None = None) -> None:
         """One step: one token of this text for every choice of every request."""
@@ -98,10 +113,10 @@ class HandEngine:
 
     def give(self, request: HandRequest, text: str, finish_reason: FinishReason | None = None) -> None:
         """One token of this text for every choice of one request."""
-        for choice in range(request.sampling.n):
-            request.sink.put(choice, text, 1, finish_reason)
+        for choice in range(request.request.sequences):
+            request.sink.put(choice, text, (0,), finish_reason)
         if finish_reason is not None:
-            self.requests.pop(request.id, None)
+            self.requests.pop(request.request.id, None)
 
     def only(self, prompt_tokens: int) -> HandRequest:
         """The one request whose prompt has so many tokens."""
@@ -277,14 +292,18 @@ class Deployment:
         """What the router holds of a model."""
         return self.application.catalog.find(name)[1]
 
+    def backend(self, name: str = "echo") -> Replicas:
+        """What the router holds of a model's replicas."""
+        return self.application.hosted[f"model-{name}"]
+
     def announce(self, name: str = "echo") -> None:
         """Tell the router which replicas there are, as Serve does."""
-        self.model(name).replicas.listed({one.name: one.address for one in self.replicas[name]})
+        self.backend(name).listed({one.name: one.address for one in self.replicas[name]})
 
     async def connected(self, name: str = "echo") -> None:
         """Returns when the router has a trunk to every replica of the model and to no other."""
         replicas = self.replicas[name]
-        await until(lambda: len(self.model(name).replicas.open) == len(replicas))
+        await until(lambda: len(self.backend(name).open) == len(replicas))
 
     async def add(self, engine: Engine, name: str = "echo") -> Replica:
         """Start one more replica and let the router know."""
@@ -299,10 +318,18 @@ class Deployment:
     def idle(self) -> bool:
         """Whether nothing is left of any request anywhere."""
         models = self.application.catalog.models
-        return all(one.idle() for replicas in self.replicas.values() for one in replicas) and all(
-            model.admission.used == model.admission.waiting == model.replicas.waiting == 0
-            and not any(trunk.streams for trunk in model.replicas.trunks)
-            for model in models
+        return (
+            all(one.idle() for replicas in self.replicas.values() for one in replicas)
+            and all(
+                model.admission.used == model.admission.waiting == model.backend.waiting == 0
+                for model in models
+            )
+            and not any(
+                trunk.streams for replicas in self.application.hosted.values() for trunk in replicas.trunks
+            )
+            and not any(
+                model.backend.provider.open for model in models if isinstance(model.backend, Upstream)
+            )
         )
 
     def metric(self, name: str, **labels: str) -> float:
@@ -353,7 +380,7 @@ def request(text: str, **parameters: Any) -> dict[str, Any]:
 
 @asynccontextmanager
 async def deployed(
-    *models: Served,
+    *models: Served | UpstreamModel,
     trunk: TrunkSettings = QUICK,
     limits: Limits | None = None,
     timeouts: Timeouts | None = None,
@@ -372,7 +399,7 @@ async def deployed(
 
     application = Application(
         RouterSettings(
-            models=tuple(model.settings for model in models),
+            models=tuple(model.settings if isinstance(model, Served) else model for model in models),
             trunk=trunk,
             limits=limits,
             timeouts=timeouts,
@@ -387,6 +414,7 @@ async def deployed(
             Replica(f"replica-{i}", engine, trunk) for i, engine in enumerate(model.engines)
         ]
         for model in models
+        if isinstance(model, Served)
     }
     deployment = Deployment(application, registry, replicas, trunk)
     async with nothing_escapes(), _listening(deployment, limits, timeouts, send_buffer):

@@ -21,6 +21,7 @@ HOMES = {
     "fastapi": {"router"},
     "starlette": {"router"},
     "uvicorn": {"router"},
+    "aiohttp": {"router"},
 }
 """The packages that may import a package."""
 

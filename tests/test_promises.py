@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from pydantic import BaseModel
 
 from cluster.cli import build_parser
 from router.metrics import ROUTER_METRICS
-from router.settings import Limits, Listen, ModelLimits, ModelTimeouts, Timeouts
+from router.settings import AnswerSettings, Limits, Listen, ModelLimits, ModelTimeouts, Timeouts
 from serving.metrics import REPLICA_METRICS
 from serving.settings import TrunkSettings
 
@@ -44,6 +45,17 @@ def test_every_setting_stands_in_the_readme_with_its_default() -> None:
         for name, field in settings.model_fields.items()
     }
     assert settings_table() == actual
+
+
+def test_every_answer_setting_stands_in_the_readme_with_its_default() -> None:
+    """The README's table of how answers are made is the settings, each with its values and its default."""
+    rows = re.findall(r"^\| `(\w+)` † \| (.*?) \| `(\S+)` \|", README, re.MULTILINE)
+    shown = {name: (set(re.findall(r"`(\w+)`", values)), default) for name, values, default in rows}
+    actual = {
+        name: (set(get_args(field.annotation)), str(field.default))
+        for name, field in AnswerSettings.model_fields.items()
+    }
+    assert shown == actual
 
 
 def test_every_metric_stands_in_the_readme() -> None:

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.config import Config, ConfigError, ModelConfig, describe, load
+from router.settings import HostedModel, UpstreamModel
 from serving.vllm_arguments import known
 
 ROOT = Path(__file__).parents[2]
@@ -37,6 +38,17 @@ def loaded(tmp_path: Path, text: str) -> Config:
 def model(**fields: object) -> str:
     """A file with one echo model, or whatever `fields` make of it."""
     return yaml.safe_dump({"models": [{"name": "m", "engine": "echo"} | fields]})
+
+
+KEY = "sk-0123456789abcdef"
+VARIABLE = "TEST_PROVIDER_KEY"
+"""The environment variable that holds the key."""
+
+
+def upstream(place: object = None, **fields: object) -> str:
+    """A file with one model of a provider, with these things said of the provider and of the model."""
+    told = {"base_url": "https://far.example/v1"} | place if isinstance(place, dict) else place
+    return yaml.safe_dump({"models": [{"name": "m", "upstream": told} | fields]})
 
 
 def vllm(**fields: object) -> str:
@@ -199,7 +211,10 @@ REFUSED = {
         'models[1].name: the text "org/m" differs only by case from the name at models[0].name',
     ),
     # Engines.
-    "no engine": ("models: [{name: m}]", "models[0].engine: required, and not given"),
+    "neither engine nor upstream": (
+        "models: [{name: m}]",
+        "models[0]: expected engine, for a model that runs here, or upstream, for one that a provider serves",
+    ),
     "an unknown engine": (
         model(engine="tgi"),
         "models[0].engine: expected 'vllm' or 'echo', got the text \"tgi\"",
@@ -252,7 +267,73 @@ REFUSED = {
         model(gpus=1),
         "models[0].gpus: expected auto or 0, as the echo engine uses none, got 1",
     ),
+    # Providers.
+    "an engine and a provider": (
+        upstream({}, engine="echo"),
+        "models[0].upstream: given beside engine; a model runs here or is served by a provider",
+    ),
+    "a provider without an address": (
+        "models: [{name: m, upstream: {model: x}}]",
+        "models[0].upstream.base_url: required, and not given",
+    ),
+    "a provider that is a text": (
+        upstream("openai"),
+        'models[0].upstream: expected keys with values, got the text "openai"',
+    ),
+    "a key in the file": (
+        upstream({"api_key": KEY}),
+        "models[0].upstream.api_key: unknown key; did you mean api_key_env?",
+    ),
+    "a key in place of a variable's name": (
+        upstream({"api_key_env": KEY}),
+        "models[0].upstream.api_key_env: expected the name of an environment variable, as OPENAI_API_KEY, ",
+    ),
+    "a variable that is not set": (
+        upstream({"api_key_env": "TEST_NOT_SET"}),
+        "models[0].upstream.api_key_env: the environment variable TEST_NOT_SET is not set",
+    ),
+    "an address without a scheme": (
+        upstream({"base_url": "far.example/v1"}),
+        "models[0].upstream.base_url: expected an address such as https://api.openai.com/v1, got the text ",
+    ),
+    "an address of another kind": (
+        upstream({"base_url": "ftp://far.example"}),
+        "models[0].upstream.base_url: expected an address such as https://api.openai.com/v1, got the text ",
+    ),
+    "an address with an impossible port": (
+        upstream({"base_url": "https://far.example:99999/v1"}),
+        "models[0].upstream.base_url: expected an address such as https://api.openai.com/v1, got the text ",
+    ),
+    "an address with a line break": (
+        upstream({"base_url": "https://far.exa\nmple/v1"}),
+        "models[0].upstream.base_url: expected an address such as https://api.openai.com/v1, got the text ",
+    ),
+    "an address where everybody can read along": (
+        upstream({"base_url": "http://far.example/v1"}),
+        "models[0].upstream.base_url: expected https, as keys are sent there (http is only for this machine ",
+    ),
+    "a provider's model without a name": (
+        upstream({"model": " "}),
+        'models[0].upstream.model: expected a name, got the text " "',
+    ),
 }
+for _setting, _value in {
+    "source": "org/x",
+    "engine_args": {},
+    "replicas": 1,
+    "gpus": 0,
+    "cpus": 1.0,
+    "drain_s": 5.0,
+}.items():
+    REFUSED[f"{_setting} of a provider's model"] = (
+        upstream({}, **{_setting: _value}),
+        f"models[0].{_setting}: means nothing for a model that a provider serves; leave it out",
+    )
+for _part in (f"https://user:{KEY}@far.example/v1", f"https://far.example/?key={KEY}", f"https://far#{KEY}"):
+    REFUSED[f"the address {_part}"] = (
+        upstream({"base_url": _part}),
+        "models[0].upstream.base_url: expected an address without user name, password, query and fragment: ",
+    )
 
 
 @pytest.mark.parametrize(("text", "refusal"), REFUSED.values(), ids=REFUSED.keys())
@@ -261,6 +342,7 @@ def test_a_fault_is_refused_in_one_line_that_names_it(text: str | bytes, refusal
     [line] = faults(text)
     assert line.startswith(refusal)
     assert line.isprintable()
+    assert KEY not in line
 
 
 def test_every_fault_is_told_at_once() -> None:
@@ -330,6 +412,67 @@ def test_a_model_overrides_only_what_it_names(tmp_path: Path) -> None:
     assert (b.limits.in_flight, b.limits.queued) == (7, 0)
     assert (a.timeouts.queue_s, a.timeouts.stall_s, a.timeouts.total_s) == (1, 9, 3600)
     assert (b.timeouts.queue_s, b.timeouts.stall_s, b.timeouts.total_s) == (2.5, 9, 3600)
+
+
+def test_a_model_can_live_at_a_provider(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The router is told where, under which name there, and with the key that the environment holds, which
+    nothing shows."""
+    monkeypatch.setenv(VARIABLE, f"{KEY}\n")
+    text = f"""
+        timeouts: {{upstream_connect_s: 2}}
+        models:
+          - name: gpt
+            upstream: {{base_url: "https://far.example/v1/", model: Far-7B, api_key_env: {VARIABLE}}}
+            card: {{max_context_length: 9000}}
+          - name: local
+            aliases: [l]
+            upstream: {{base_url: "http://127.0.0.1:8001/v1"}}
+            stream_role: every
+          - {{name: here, engine: echo, drain_s: 5}}
+    """
+    config = loaded(tmp_path, text)
+    gpt, local, here = config.router_settings.models
+    assert isinstance(gpt, UpstreamModel)
+    assert isinstance(local, UpstreamModel)
+    assert isinstance(here, HostedModel)
+    assert (gpt.base_url, gpt.upstream_name, gpt.card.max_context_length) == (
+        "https://far.example/v1",
+        "Far-7B",
+        9000,
+    )
+    assert gpt.api_key is not None
+    assert gpt.api_key.get_secret_value() == KEY
+    assert (local.upstream_name, local.api_key, local.aliases) == ("local", None, ("l",))
+    assert (gpt.timeouts.upstream_connect_s, local.stream_role) == (2, "every")
+    assert [model.name for model in config.hosted] == ["here"]
+    assert KEY not in f"{config!r}{config.router_settings!r}{config.router_settings.model_dump_json()}"
+    assert [line.split() for line in describe(config).split("\n")][1:] == [
+        ["gpt", "upstream", "https://far.example/v1", "-", "-"],
+        ["local,", "l", "upstream", "http://127.0.0.1:8001/v1", "-", "-"],
+        ["here", "echo", "-", "1", "0"],
+    ]
+
+
+@pytest.mark.parametrize("held", ["two words", "schlüssel", "a\x07b"])
+def test_what_cannot_be_a_key_is_refused_unseen(held: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A variable with something that no header can carry is refused without showing it."""
+    monkeypatch.setenv(VARIABLE, held)
+    [line] = faults(upstream({"api_key_env": VARIABLE}))
+    assert line.startswith(
+        f"models[0].upstream.api_key_env: the environment variable {VARIABLE} has something"
+    )
+    assert held not in line
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["http://localhost:8001/v1", "http://[::1]:8001", "http://127.8.9.1", "https://10.0.0.7:8443/a/b/v1"],
+)
+def test_addresses_of_providers(tmp_path: Path, url: str) -> None:
+    """A provider is reached by TLS, or on this machine without."""
+    [model] = loaded(tmp_path, upstream({"base_url": url})).router_settings.models
+    assert isinstance(model, UpstreamModel)
+    assert model.base_url == url
 
 
 def test_nothing_can_be_changed_once_it_is_read(tmp_path: Path) -> None:
@@ -403,6 +546,9 @@ KEYS = (
     "host",
     "gpus",
     "card",
+    "upstream",
+    "base_url",
+    "api_key_env",
 )
 scalars = (
     st.none()
@@ -422,12 +568,12 @@ values = st.recursive(
     max_leaves=12,
 )
 some_model = st.fixed_dictionaries(
-    {"name": st.sampled_from(["m", "M", "n"]), "engine": st.sampled_from(["vllm", "echo"])},
+    {"name": st.sampled_from(["m", "M", "n"]), "engine": st.sampled_from(["vllm", "echo", None])},
     optional={
         "engine_args": st.dictionaries(st.sampled_from(sorted(known())), scalars, max_size=3),
         "gpus": scalars,
     }
-    | dict.fromkeys(("source", "aliases", "replicas", "limits", "timeouts", "card"), values),
+    | dict.fromkeys(("source", "aliases", "replicas", "limits", "timeouts", "card", "upstream"), values),
 )
 documents = values | st.fixed_dictionaries(
     {"models": st.lists(some_model, max_size=3)},

@@ -14,6 +14,8 @@ import msgspec
 
 from tests.end_to_end.server import Server
 
+CHAT = "/v1/chat/completions"
+TEXT = "/v1/completions"
 DONE = "[DONE]"
 
 PATIENCE_S = 120.0
@@ -21,7 +23,7 @@ PATIENCE_S = 120.0
 
 
 class Exchange(asyncio.Protocol):
-    """One chat completion request and what has come back for it."""
+    """One request for tokens and what has come back for it."""
 
     def __init__(self) -> None:
         loop = asyncio.get_running_loop()
@@ -91,18 +93,30 @@ class Exchange(asyncio.Protocol):
         return error
 
     def text(self, choice: int = 0) -> str:
-        """The text of one choice."""
+        """The text of one choice; "" where a message has none."""
         if not self._streamed:
-            content: str = self.json["choices"][choice]["message"]["content"]
-            return content
-        deltas = [part["delta"] for part in self._parts(choice)]
-        return "".join(delta.get("content", "") for delta in deltas)
+            return _text(self.json["choices"][choice], "message")
+        return "".join(_text(part, "delta") for part in self._parts(choice))
 
     def finish_reason(self, choice: int = 0) -> str | None:
         """Why one choice ended; None if it has not."""
         parts = self._parts(choice) if self._streamed else self.json["choices"][choice : choice + 1]
         reason: str | None = parts[-1]["finish_reason"]
         return reason
+
+    def logprobs(self, choice: int = 0) -> list[Any]:
+        """What one choice's tokens are said to be worth: of a chat its entries, of a text completion its
+        columns' rows."""
+        parts = self._parts(choice) if self._streamed else self.json["choices"][choice : choice + 1]
+        told = [part["logprobs"] for part in parts if part["logprobs"]]
+        return [row for one in told for row in one.get("content") or zip(*one.values(), strict=True)]
+
+    @property
+    def choices(self) -> int:
+        """How many choices it has."""
+        if not self._streamed:
+            return len(self.json["choices"])
+        return len({part["index"] for chunk in self.chunks for part in chunk["choices"]})
 
     @property
     def usage(self) -> dict[str, Any]:
@@ -148,24 +162,34 @@ class Exchange(asyncio.Protocol):
             self.ended.set_result(None)
 
 
+def _text(choice: dict[str, Any], message: str) -> str:
+    """The text in a choice: of a text completion its own, of a chat its message's."""
+    text: str | None = choice["text"] if "text" in choice else choice[message].get("content")
+    return text or ""
+
+
 @asynccontextmanager
 async def asking(
-    server: Server, body: Mapping[str, Any], headers: Mapping[str, str] | None = None
+    server: Server, body: Mapping[str, Any] | str, headers: Mapping[str, str] | None = None
 ) -> AsyncIterator[Exchange]:
-    """The exchange of a request that has just been sent; the client leaves when the block does."""
-    data = json.dumps(body).encode()
+    """The exchange of a request that has just been sent; the client leaves when the block does. A body with a
+    prompt asks for a text completion, any other for a chat completion. One that is a text is JSON already."""
+    path = CHAT if isinstance(body, str) or "prompt" not in body else TEXT
+    data = (body if isinstance(body, str) else json.dumps(body)).encode()
     lines = {"host": "t", "content-type": "application/json", "content-length": len(data), **(headers or {})}
     head = "".join(f"{name}: {value}\r\n" for name, value in lines.items())
     loop = asyncio.get_running_loop()
     transport, exchange = await loop.create_connection(Exchange, "127.0.0.1", server.port)
-    transport.write(f"POST /v1/chat/completions HTTP/1.1\r\n{head}\r\n".encode() + data)
+    transport.write(f"POST {path} HTTP/1.1\r\n{head}\r\n".encode() + data)
     try:
         yield exchange
     finally:
         await exchange.leave()
 
 
-async def ask(server: Server, body: Mapping[str, Any], headers: Mapping[str, str] | None = None) -> Exchange:
+async def ask(
+    server: Server, body: Mapping[str, Any] | str, headers: Mapping[str, str] | None = None
+) -> Exchange:
     """The exchange of a request that has been answered to the end."""
     async with asking(server, body, headers) as exchange:
         return await exchange.end()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import signal
 import socket
@@ -130,6 +131,14 @@ class Server:
     def logs(self) -> str:
         """All its logs, for a person."""
         return "\n".join(path.read_text() for path in sorted(self.log_dir.glob("*.jsonl")))
+
+    def log_files(self) -> list[Path]:
+        """Every file of its logs, and of those of the Ray that it has started."""
+        commands = [" ".join(process.cmdline()) for process in self.processes()]
+        gcs = re.compile(r"gcs_server.* --log_dir=(\S+)")
+        (folder,) = {found[1] for line in commands if (found := gcs.search(line))}
+        files = [*self.log_dir.iterdir(), *Path(folder).rglob("*")]
+        return [path for path in files if path.is_file()]
 
     def metrics(self) -> Metrics:
         """What GET /metrics says now."""

@@ -236,19 +236,19 @@ async def test_health_says_what_is_ready(deployment: Deployment) -> None:
 async def test_a_model_that_cannot_start_is_failed_until_it_has_a_replica(deployment: Deployment) -> None:
     """Serve's word that it has given up is shown, and a replica that answers is worth more than it."""
     for name in ("absent", "echo"):
-        deployment.model(name).failed = True
+        deployment.backend(name).failed = True
     try:
         states = (await deployment.http.get("/health")).json()["models"]
         assert (states["absent"], states["echo"]) == ("failed", "ready")
         assert (await deployment.http.get("/v1/models/absent")).json()["state"] == "failed"
     finally:
-        deployment.model("absent").failed = deployment.model().failed = False
+        deployment.backend("absent").failed = deployment.backend().failed = False
 
 
 async def test_a_router_that_ends_is_not_healthy() -> None:
     """While it shuts down, every probe is told to send nobody here; models can still be listed."""
     async with deployed(served(echo_engine())) as ending:
-        ending.application.chat.draining = True
+        ending.application.completions.draining = True
         health = await ending.http.get("/health")
         assert (health.status_code, health.json()["status"]) == (503, "shutting down")
         assert (await ending.http.get("/-/healthz")).status_code == 503
@@ -271,7 +271,7 @@ async def test_metrics_are_text_of_one_scope_or_the_other(deployment: Deployment
 async def test_an_error_of_ours_says_nothing_of_the_inside() -> None:
     """A route that fails answers 500 with two words."""
     async with deployed(served(echo_engine())) as broken:
-        broken.model().metrics.watch(in_flight=lambda: 1 / 0, waiting=lambda: 0, trunks=lambda: 0)
+        broken.model().metrics.watch(in_flight=lambda: 1 / 0, waiting=lambda: 0)
         response = await broken.http.get("/metrics")
         assert refused(response, 500, "internal_error") == "internal error"
         assert (await broken.http.get("/health")).status_code == 200

@@ -1,4 +1,4 @@
-"""How a chat completion request is read, and what becomes of the connection when it cannot be."""
+"""How a request for tokens is read, and what becomes of the connection when it cannot be."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 LIMIT = 100_000
 PATH = "/v1/chat/completions"
+PATHS = [PATH, "/v1/completions"]
 JSON = {"content-type": "application/json"}
 
 
@@ -48,10 +49,14 @@ def refused(response: httpx.Response, status: int, code: str) -> str:
     return str(error["message"])
 
 
-def sized(size: int) -> bytes:
+def sized(size: int, path: str = PATH) -> bytes:
     """A good request of that many bytes."""
-    empty = len(json.dumps(request("", max_tokens=1)))
-    return json.dumps(request("x" * (size - empty), max_tokens=1)).encode()
+
+    def body(text: str) -> bytes:
+        chat = request(text, max_tokens=1)
+        return json.dumps(chat if path == PATH else {"model": "echo", "prompt": text}).encode()
+
+    return body("x" * (size - len(body(""))))
 
 
 async def in_chunks(content: bytes, size: int = 10_000) -> AsyncIterator[bytes]:
@@ -63,53 +68,61 @@ async def in_chunks(content: bytes, size: int = 10_000) -> AsyncIterator[bytes]:
 # ---- its type and its form ----------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize(
     "content_type",
     ["application/json", "application/json; charset=utf-8", "Application/JSON ;x", "application/json;"],
 )
-async def test_a_body_says_that_it_is_json(deployment: Deployment, content_type: str) -> None:
+async def test_a_body_says_that_it_is_json(deployment: Deployment, content_type: str, path: str) -> None:
     """Any way of writing the media type of JSON is taken, with parameters or without."""
-    response = await deployment.http.post(PATH, content=sized(500), headers={"content-type": content_type})
+    headers = {"content-type": content_type}
+    response = await deployment.http.post(path, content=sized(500, path), headers=headers)
     assert response.status_code == 200
 
 
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize(
     "content_type", [None, "text/plain", "application/x-www-form-urlencoded", "application/jsonl", "", "json"]
 )
-async def test_a_body_of_another_type_is_refused(deployment: Deployment, content_type: str | None) -> None:
+async def test_a_body_of_another_type_is_refused(
+    deployment: Deployment, content_type: str | None, path: str
+) -> None:
     """Anything else is a 415 that says what was sent and what is expected."""
     headers = {} if content_type is None else {"content-type": content_type}
-    message = refused(
-        await deployment.http.post(PATH, content=sized(500), headers=headers), 415, "unsupported_media_type"
-    )
+    response = await deployment.http.post(path, content=sized(500, path), headers=headers)
+    message = refused(response, 415, "unsupported_media_type")
     assert message.startswith("content-type must be application/json")
     assert not content_type or f'"{content_type}"' in message
 
 
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize(
     "body", [b"", b"{", b"nonsense", b'{"model": "echo"', b"\xff\xfe", b'{"a": NaN}', b"[" * 50_000]
 )
-async def test_a_body_that_is_not_json_is_refused(deployment: Deployment, body: bytes) -> None:
+async def test_a_body_that_is_not_json_is_refused(deployment: Deployment, body: bytes, path: str) -> None:
     """Whatever its bytes, it is a 400 in the envelope."""
-    refused(await deployment.http.post(PATH, content=body, headers=JSON), 400, "invalid_json")
+    refused(await deployment.http.post(path, content=body, headers=JSON), 400, "invalid_json")
 
 
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("body", ["null", "[]", '"text"', "1"])
-async def test_a_body_that_is_no_object_is_refused(deployment: Deployment, body: str) -> None:
+async def test_a_body_that_is_no_object_is_refused(deployment: Deployment, body: str, path: str) -> None:
     """JSON that is not an object is a 400 that says so."""
-    message = refused(await deployment.http.post(PATH, content=body, headers=JSON), 400, "invalid_value")
+    message = refused(await deployment.http.post(path, content=body, headers=JSON), 400, "invalid_value")
     assert "must be a JSON object" in message
 
 
 # ---- its size -----------------------------------------------------------------------------------------
 
 
-async def test_a_body_may_be_as_long_as_the_limit(deployment: Deployment) -> None:
+@pytest.mark.parametrize("path", PATHS)
+async def test_a_body_may_be_as_long_as_the_limit(deployment: Deployment, path: str) -> None:
     """Exactly body_bytes are taken, one more is not, whether the length is told or not."""
     for excess, status in ((0, 200), (1, 413)):
+        body = sized(LIMIT + excess, path)
         content: Iterable[Any] | Any
-        for content in (sized(LIMIT + excess), in_chunks(sized(LIMIT + excess))):
-            response = await deployment.http.post(PATH, content=content, headers=JSON)
+        for content in (body, in_chunks(body)):
+            response = await deployment.http.post(path, content=content, headers=JSON)
             assert response.status_code == status
 
 

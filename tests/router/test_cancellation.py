@@ -108,9 +108,9 @@ async def test_a_client_that_leaves_while_there_is_no_replica_is_forgotten() -> 
     engine = HandEngine()
     async with deployed(served()) as deployment:
         wire = await deployment.open("hi", stream=True)
-        await until(lambda: deployment.model().replicas.waiting == 1)
+        await until(lambda: deployment.backend().waiting == 1)
         wire.leave()
-        await until(lambda: deployment.model().replicas.waiting == 0, AT_ONCE_S)
+        await until(lambda: deployment.backend().waiting == 0, AT_ONCE_S)
         await deployment.add(engine)
         await deployment.connected()
         await ended(deployment, "cancelled")

@@ -9,13 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from router import errors
+from router.answers import ErrorEnvelope
 from router.errors import ApiError, RetryLater, from_refusal, shown
-from router.protocol import ErrorEnvelope
 from serving.messages import Refused
+
+PROVIDER_ERROR = errors.ProviderError(402, "pay", kind="of_its_own", param=None, code=None, headers={})
 
 EVERY_ERROR: list[tuple[ApiError, int, str, str]] = [
     (errors.InvalidRequest("n must be", param="n"), 400, "invalid_request_error", "invalid_value"),
+    (errors.WrongEndpoint("m", "is_text"), 400, "invalid_request_error", "wrong_endpoint"),
     (errors.MalformedRequest(), 400, "invalid_request_error", "malformed_request"),
+    (errors.MissingProviderKey("m"), 401, "invalid_request_error", "missing_provider_key"),
     (errors.ModelNotFound("gpt-9"), 404, "invalid_request_error", "model_not_found"),
     (errors.UnknownPath("/v1/embeddings"), 404, "invalid_request_error", "unknown_url"),
     (
@@ -31,6 +35,8 @@ EVERY_ERROR: list[tuple[ApiError, int, str, str]] = [
     (errors.Overloaded("m", retry_after=3.2), 429, "rate_limit_error", "overloaded"),
     (errors.SlowReader(1024), 499, "invalid_request_error", "slow_reader"),
     (errors.InternalError(), 500, "server_error", "internal_error"),
+    (errors.UpstreamFailed("it broke off"), 502, "server_error", "upstream_failed"),
+    (PROVIDER_ERROR, 402, "of_its_own", "upstream_error"),
     (errors.NoReplica("m"), 503, "server_error", "no_replica"),
     (errors.ReplicaLost(), 503, "server_error", "replica_lost"),
     (errors.ShuttingDown(), 503, "server_error", "shutting_down"),
@@ -38,6 +44,7 @@ EVERY_ERROR: list[tuple[ApiError, int, str, str]] = [
     (errors.FirstTokenTimeout(300.0), 504, "server_error", "first_token_timeout"),
     (errors.Stalled(60.0), 504, "server_error", "stalled"),
     (errors.TotalTimeout(3600.0), 504, "server_error", "total_timeout"),
+    (errors.UpstreamTimeout(5.0), 504, "server_error", "upstream_timeout"),
 ]
 
 every_error = pytest.mark.parametrize(

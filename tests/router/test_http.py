@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from router.protocol import ErrorEnvelope
+from router.answers import ErrorEnvelope
 from router.settings import Limits, Timeouts
 from tests.harness import HandEngine, deployed, echo_engine, request, served
 from tests.waiting import soon, until

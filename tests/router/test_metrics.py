@@ -189,9 +189,9 @@ def test_a_model_keeps_its_counters(router: Router) -> None:
 def test_gauges_show_the_moment_of_the_scrape(router: Router) -> None:
     """In-flight, waiting and trunks are asked for at each scrape, not remembered."""
     state = {"in_flight": 2, "waiting": 1, "trunks": 3}
-    router.metrics.for_model("m").watch(
-        in_flight=lambda: state["in_flight"], waiting=lambda: state["waiting"], trunks=lambda: state["trunks"]
-    )
+    model = router.metrics.for_model("m")
+    model.watch(in_flight=lambda: state["in_flight"], waiting=lambda: state["waiting"])
+    model.watch_trunks(lambda: state["trunks"])
     assert router.value("trunkline_in_flight", model="m") == 2
     state["in_flight"] = 0
     assert router.value("trunkline_in_flight", model="m") == 0
@@ -287,7 +287,8 @@ def test_a_counter_reads_as_prometheus_clients_own(amounts: list[int]) -> None:
 def test_a_routers_metrics_are_those_it_declares(router: Router) -> None:
     """Names, kinds, labels and sentences in a router's scrape are the ones in ROUTER_METRICS."""
     model = router.metrics.for_model("m")
-    model.watch(in_flight=lambda: 0, waiting=lambda: 0, trunks=lambda: 0)
+    model.watch(in_flight=lambda: 0, waiting=lambda: 0)
+    model.watch_trunks(lambda: 0)
     model.started(0.0).finished("completed", 200, 1.0)
     shown = {
         family.name: (family.type, family.documentation, set(family.samples[0].labels) - {"le"})

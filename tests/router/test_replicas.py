@@ -10,19 +10,23 @@ from uuid import uuid4
 import pytest
 import pytest_asyncio
 
+from router.backend import Job, Piece
 from router.errors import ApiError, NoReplica, ReplicaLost
+from router.protocol import parse_chat
 from router.replicas import RETRY_AFTER_S, Replicas
-from router.trunk import Lost, Piece, TrunkStream
+from router.settings import ModelSettings
+from router.trunk import Lost, TrunkStream
 from serving.engine import EngineDead, Refusal
-from serving.messages import Accepted, Chat, Ended, Frame, Message, Sampling, Submit, Usage
+from serving.messages import Accepted, Ended, Frame, Submit, Usage
 from tests.harness import OPTIONS, QUICK, HandEngine, Replica, nothing_escapes
 from tests.peers import BareReplica, bare_replica, welcome
 from tests.waiting import PATIENCE_S, soon, until
 
 
-def chat(text: str = "hi") -> Chat:
+def job(text: str = "hi") -> Job:
     """A streamed request with an id of its own."""
-    return Chat(uuid4().hex, "m", 0, (Message("user", text),), Sampling(max_tokens=9), stream=True)
+    data = {"model": "m", "messages": [{"role": "user", "content": text}], "stream": True}
+    return Job(uuid4().hex, "m", parse_chat(data, ModelSettings(name="m")), data)
 
 
 class Model:
@@ -59,7 +63,7 @@ class Model:
 
     def ask(self, timeout_s: float = PATIENCE_S) -> asyncio.Task[TrunkStream]:
         """A request on its way."""
-        return asyncio.create_task(self.router.generate(chat(), timeout_s, lambda _: None))
+        return asyncio.create_task(self.router.generate(job(), timeout_s, lambda _: None))
 
 
 @pytest_asyncio.fixture

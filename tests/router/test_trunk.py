@@ -14,9 +14,10 @@ import pytest_asyncio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from router.backend import Piece
 from router.errors import ApiError, FirstTokenTimeout, SlowReader, Stalled
 from router.settings import ModelTimeouts
-from router.trunk import Leaving, Lost, Piece, Trunk, TrunkOptions, TrunkStream
+from router.trunk import Leaving, Lost, Trunk, TrunkOptions, TrunkStream
 from serving import messages
 from serving.handshake import HandshakeFailed, nonce, prove
 from serving.messages import (

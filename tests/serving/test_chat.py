@@ -1,95 +1,22 @@
-"""From a request to the bytes that a client reads, on real engines, without a trunk."""
+"""Chat completions of nothing but text, from the request to the bytes that a client reads."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncIterator
 from typing import Any
 
-import msgspec
-import pytest
 import pytest_asyncio
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
-from serving import chat
-from serving.chat import LONGEST_ANSWER, fit
+from serving.answers import LONGEST_ANSWER
 from serving.echo import EchoEngine
-from serving.engine import EngineDead, Refusal
-from serving.messages import Chat, Message, Sampling, Usage
+from serving.generate import generate
+from serving.messages import MAX_FRAME
+from serving.parsing import Verbatim
 from tests.harness import HandEngine, echo_engine
-from tests.waiting import until
-
-
-class Recorder:
-    """An outlet that keeps what a client would be sent."""
-
-    def __init__(self) -> None:
-        self.prompt_tokens: int | None = None
-        self.data = b""
-        self.tokens = 0
-        self.chunks = 0
-        self.progressed = 0
-        self.refusal: Refusal | None = None
-        self.usage: Usage | None = None
-        self.failed = False
-
-    @property
-    def over(self) -> bool:
-        """Whether the answer has ended, one way or the other."""
-        return self.refusal is not None or self.usage is not None
-
-    def accepted(self, prompt_tokens: int) -> None:
-        self.prompt_tokens = prompt_tokens
-
-    def refused(self, refusal: Refusal) -> None:
-        self.refusal = refusal
-
-    def chunk(self, data: bytes, tokens: int) -> None:
-        assert not self.over
-        assert data
-        self.data += data
-        self.tokens += tokens
-        self.chunks += 1
-
-    def progress(self) -> None:
-        self.progressed += 1
-
-    def ended(self, data: bytes, tokens: int, usage: Usage, *, failed: bool = False) -> None:
-        assert not self.over
-        self.data += data
-        self.tokens += tokens
-        self.usage = usage
-        self.failed = failed
-
-    @property
-    def events(self) -> list[dict[str, Any]]:
-        """The events of a stream that has ended, without [DONE]."""
-        assert self.data.endswith(b"\n\n")
-        *events, done = self.data.removesuffix(b"\n\n").split(b"\n\n")
-        assert done == b"data: [DONE]"
-        assert all(event.startswith(b"data: {") and b"\n" not in event for event in events)
-        return [json.loads(event.removeprefix(b"data: ")) for event in events]
-
-    def choices(self, choice: int) -> list[dict[str, Any]]:
-        """A choice's entry of every event that has one."""
-        return [each for event in self.events for each in event["choices"] if each["index"] == choice]
-
-
-def request(
-    text: str = "to be or not to be", *, stream: bool = False, usage: bool = False, **fields: Any
-) -> Chat:
-    """A request with one user message."""
-    sampling = Sampling(**{"max_tokens": 8, **fields})
-    return Chat("chatcmpl-1", "a/b:C", 1234, (Message("user", text),), sampling, stream, usage)
-
-
-async def answer(engine: EchoEngine, asked: Chat) -> Recorder:
-    """The whole answer."""
-    outlet = Recorder()
-    await chat.generate(engine, asked, outlet)
-    await until(lambda: outlet.over)
-    return outlet
+from tests.serving.recorder import Part, Put, Recorder, answer, chat, perform
 
 
 @pytest_asyncio.fixture
@@ -112,9 +39,9 @@ async def test_a_stream_says_what_the_whole_answer_says(
     """The deltas of each choice, joined, are the text of the whole answer, whatever its characters; finish
     reasons, usage, id, model and time are the same; no stop string is in either."""
     sampling: dict[str, Any] = {"n": n, "max_tokens": max_tokens, "seed": seed, "stop": stop}
-    whole = await answer(engine, request(text, **sampling))
-    streamed = await answer(engine, request(text, stream=True, usage=True, **sampling))
-    body = json.loads(whole.data)
+    whole = await answer(engine, chat(text, **sampling))
+    streamed = await answer(engine, chat(text, stream=True, include_usage=True, **sampling))
+    body = whole.body
     *events, last = streamed.events
     assert body["object"] == "chat.completion"
     assert [choice["index"] for choice in body["choices"]] == list(range(n))
@@ -137,7 +64,7 @@ async def test_the_shape_of_a_stream(
 ) -> None:
     """Each choice says its role in its first delta and in no other, ends with an empty delta and a reason,
     and usage comes where it was asked for: as null in every chunk but one of its own, before [DONE]."""
-    streamed = await answer(engine, request(text, stream=True, usage=usage, n=n, stop=stop))
+    streamed = await answer(engine, chat(text, stream=True, include_usage=usage, n=n, stop=stop))
     events = streamed.events
     if usage:
         last = events.pop()
@@ -161,13 +88,28 @@ async def test_the_shape_of_a_stream(
 
 
 @given(text=st.text(max_size=40), n=st.integers(1, 4), stop=stops)
+async def test_every_chunk_may_say_the_role(
+    engine: EchoEngine, text: str, n: int, stop: tuple[str, ...]
+) -> None:
+    """For clients that need it each delta, the last of a choice included, has the role and a content that is
+    not null; nothing else of the stream is changed by that."""
+    plain = await answer(engine, chat(text, stream=True, n=n, stop=stop))
+    every = await answer(engine, chat(text, stream=True, n=n, stop=stop, role_in_every_chunk=True))
+    expected = plain.events
+    for event in expected:
+        for entry in event["choices"]:
+            entry["delta"] = {"role": "assistant", "content": "", **entry["delta"]}
+    assert every.events == expected
+
+
+@given(text=st.text(max_size=40), n=st.integers(1, 4), stop=stops)
 async def test_every_token_is_counted_once(
     engine: EchoEngine, text: str, n: int, stop: tuple[str, ...]
 ) -> None:
     """The tokens that chunks carry add up to those of the usage, held back ones included, and the prompt's
     are those that were accepted."""
     for stream in (True, False):
-        outlet = await answer(engine, request(text, stream=stream, n=n, stop=stop))
+        outlet = await answer(engine, chat(text, stream=stream, n=n, stop=stop))
         assert outlet.usage is not None
         assert outlet.tokens == outlet.usage.completion_tokens
         assert outlet.prompt_tokens == outlet.usage.prompt_tokens == len(text.split())
@@ -179,7 +121,7 @@ async def test_each_put_with_text_is_a_chunk_and_each_without_is_progress() -> N
     engine = HandEngine()
     for stream, chunks, progressed in ((True, 2, 3), (False, 0, 5)):
         outlet = Recorder()
-        await chat.generate(engine, request(stream=stream), outlet)
+        await generate(engine, chat(stream=stream), outlet)
         for text in ("a", "", "", "b", ""):
             engine.say(text)
         assert (outlet.chunks, outlet.progressed) == (chunks, progressed)
@@ -187,43 +129,12 @@ async def test_each_put_with_text_is_a_chunk_and_each_without_is_progress() -> N
         assert outlet.tokens == 6
 
 
-@given(prompt=st.integers(0, 30), asked=st.integers(1, 30), least=st.integers(0, 30))
-def test_an_answer_is_fitted_into_the_context(prompt: int, asked: int, least: int) -> None:
-    """max_tokens is what was asked for or what the context leaves, whichever is less, and min_tokens never
-    more than that; a prompt that leaves no room is refused with the numbers."""
-    sampling = Sampling(max_tokens=max(asked, least), min_tokens=least)
-    if prompt >= 20:
-        with pytest.raises(Refusal, match=f"has {prompt} tokens.*context of 20 tokens") as refusal:
-            fit(sampling, prompt, 20)
-        assert (refusal.value.status, refusal.value.param) == (400, "messages")
-        assert refusal.value.code == "context_length_exceeded"
-        return
-    fitted = fit(sampling, prompt, 20)
-    assert fitted.max_tokens == min(sampling.max_tokens, 20 - prompt)
-    assert fitted.min_tokens == min(least, fitted.max_tokens)
-    changed = {"max_tokens": fitted.max_tokens, "min_tokens": fitted.min_tokens}
-    assert fitted == msgspec.structs.replace(sampling, **changed)
-
-
-async def test_an_answer_that_fills_the_context_ends_for_length() -> None:
-    """A request for more than fits gets what fits, and its finish reason says so."""
-    engine = echo_engine(max_model_len=10)
-    await engine.start()
-    body = json.loads((await answer(engine, request("a b c", max_tokens=100))).data)
-    assert body["choices"][0]["finish_reason"] == "length"
-    assert body["usage"]["completion_tokens"] == 7
-    refused = await answer(engine, request("a b c d e f g h i j"))
-    assert refused.refusal is not None
-    assert refused.refusal.code == "context_length_exceeded"
-    await engine.close()
-
-
 async def test_a_whole_answer_has_a_bounded_size() -> None:
     """A whole answer past LONGEST_ANSWER is refused, in words that say what may be longer; a stream may."""
     engine = HandEngine()
     whole, stream = Recorder(), Recorder()
-    await chat.generate(engine, request(), whole)
-    await chat.generate(engine, msgspec.structs.replace(request(stream=True), id="other"), stream)
+    await generate(engine, chat(), whole)
+    await generate(engine, replace(chat(stream=True), id="other"), stream)
     text = "\x01" * (LONGEST_ANSWER // 4)
     for _ in range(4):
         engine.say(text)
@@ -237,43 +148,41 @@ async def test_a_whole_answer_has_a_bounded_size() -> None:
     assert stream.chunks == 5
 
 
-@pytest.mark.parametrize("stream", [True, False])
-async def test_an_engine_that_gives_up_fails_the_answer(stream: bool) -> None:
-    """An engine that dies after the start ends the answer as failed, with no bytes of its own and the usage
-    so far."""
-    engine, outlet = HandEngine(), Recorder()
-    await chat.generate(engine, request("one two", stream=stream), outlet)
-    engine.say("half")
-    before = outlet.data
-    engine.fail(EngineDead("a path of ours"))
-    assert outlet.failed
-    assert outlet.data == before
-    assert outlet.usage == Usage(2, 1)
+async def test_the_longest_answer_fits_a_frame() -> None:
+    """An answer as long as it may be is given, in as many bytes as JSON can make of it."""
+    part = Part([Put("\x01" * LONGEST_ANSWER)])
+    outlet = await perform(HandEngine(), chat(), part)
+    assert len(outlet.data) > 6 * LONGEST_ANSWER
+    assert len(outlet.data) < MAX_FRAME
 
 
-async def test_an_answer_that_fails_alone_is_an_internal_error() -> None:
-    """Where the engine lives and gives up on one request, its client learns of a fault and not of which."""
-    engine, outlet = HandEngine(), Recorder()
-    await chat.generate(engine, request("one two"), outlet)
-    engine.fail(RuntimeError("a path of ours"))
-    assert outlet.refusal is not None
-    assert (outlet.refusal.status, outlet.refusal.message) == (500, "internal error")
-    assert not outlet.failed
+puts = st.builds(Put, st.text(max_size=4), st.lists(st.integers(0, 9), max_size=3))
+parts = st.lists(
+    st.builds(Part, st.lists(puts, min_size=1, max_size=6), st.sampled_from(["stop", "length"])),
+    min_size=1,
+    max_size=3,
+)
 
 
-async def test_an_engine_that_takes_no_request_says_why_only_to_those_who_may_know() -> None:
-    """A refusal keeps its words, a fault of ours has none, and a dead engine is no answer at all."""
-    engine = HandEngine()
-    engine.refusal = Refusal("no such token", param="logit_bias")
-    outlet = Recorder()
-    await chat.generate(engine, request(), outlet)
-    assert outlet.refusal is engine.refusal
-    engine.refusal = ValueError("/a/path of ours")
-    outlet = Recorder()
-    await chat.generate(engine, request(), outlet)
-    assert outlet.refusal is not None
-    assert (outlet.refusal.status, outlet.refusal.message) == (500, "internal error")
-    engine.refusal = EngineDead("gone")
-    outlet = Recorder()
-    await chat.generate(engine, request(), outlet)
-    assert outlet.failed
+@settings(max_examples=50)
+@given(parts=parts, usage=st.booleans(), every=st.booleans())
+async def test_plain_text_is_the_same_on_both_paths(parts: list[Part], *, usage: bool, every: bool) -> None:
+    """A model that has a parser and says nothing but text is answered for as one without: the same events,
+    the same body, the same tokens with the same bytes. Only the usage tells that there was a parser."""
+    plain, rich = HandEngine(), HandEngine()
+    rich.parser = Verbatim
+    fields: dict[str, Any] = {"n": len(parts), "include_usage": usage, "role_in_every_chunk": every}
+    looked = {"completion_tokens_details": {"reasoning_tokens": 0}}
+
+    whole = await perform(plain, chat(**fields), *parts)
+    body = whole.body
+    body["usage"] |= looked
+    assert (await perform(rich, chat(**fields), *parts)).body == body
+
+    stream = await perform(plain, chat(stream=True, **fields), *parts)
+    events = stream.events
+    if usage:
+        events[-1]["usage"] |= looked
+    other = await perform(rich, chat(stream=True, **fields), *parts)
+    assert other.events == events
+    assert (other.tokens, other.chunks, other.progressed) == (stream.tokens, stream.chunks, stream.progressed)

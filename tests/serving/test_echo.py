@@ -2,16 +2,28 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
 
+import pytest
 import pytest_asyncio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serving.echo import LONGEST_TOKEN, EchoEngine, StopScanner
-from serving.engine import FinishReason
-from serving.messages import Load, Message, Sampling
+from serving.engine import FinishReason, Refusal, TokenLogprobs
+from serving.messages import (
+    Load,
+    Message,
+    NamedTool,
+    Request,
+    ResponseFormat,
+    Sampling,
+    Tool,
+    ToolCall,
+)
 from tests.harness import echo_engine
+from tests.serving.recorder import chat, completion
 from tests.waiting import soon, until
 
 
@@ -22,16 +34,31 @@ class Recorder:
         self.cached_tokens = 0
         self.texts: defaultdict[int, list[str]] = defaultdict(list)
         self.tokens: defaultdict[int, int] = defaultdict(int)
+        self.ids: defaultdict[int, list[int]] = defaultdict(list)
+        self.logprobs: defaultdict[int, list[TokenLogprobs]] = defaultdict(list)
+        self.prompts: dict[int, tuple[str, list[TokenLogprobs]]] = {}
         self.ends: dict[int, FinishReason] = {}
         self.times: list[float] = []
 
     def accepted(self) -> None:
         assert not self.texts
 
-    def put(self, choice: int, text: str, tokens: int, finish_reason: FinishReason | None) -> None:
+    def prompt_logprobs(self, prompt: int, first: str, logprobs: Sequence[TokenLogprobs]) -> None:
+        self.prompts[prompt] = first, list(logprobs)
+
+    def put(
+        self,
+        choice: int,
+        text: str,
+        token_ids: Sequence[int],
+        finish_reason: FinishReason | None,
+        logprobs: Sequence[TokenLogprobs] = (),
+    ) -> None:
         assert choice not in self.ends, "a token after the end"
         self.texts[choice].append(text)
-        self.tokens[choice] += tokens
+        self.tokens[choice] += len(token_ids)
+        self.ids[choice] += token_ids
+        self.logprobs[choice] += logprobs
         self.times.append(asyncio.get_running_loop().time())
         if finish_reason is not None:
             self.ends[choice] = finish_reason
@@ -44,15 +71,19 @@ class Recorder:
         return "".join(self.texts[choice])
 
 
-async def begin(engine: EchoEngine, text: str, name: str = "one", **fields: object) -> Recorder:
+async def run(engine: EchoEngine, request: Request, sink: Recorder) -> None:
+    """Start generating for a request."""
+    await engine.generate(request, await engine.render(request), sink)
+
+
+async def begin(engine: EchoEngine, text: str, name: str = "one", **fields: Any) -> Recorder:
     """Start generating for one user message."""
     sink = Recorder()
-    prompt = await engine.render([Message("user", text)])
-    await engine.generate(name, prompt, Sampling(**{"max_tokens": 8, **fields}), sink)  # type: ignore[arg-type]
+    await run(engine, chat(text, id=name, **fields), sink)
     return sink
 
 
-async def say(engine: EchoEngine, text: str, **fields: object) -> Recorder:
+async def say(engine: EchoEngine, text: str, **fields: Any) -> Recorder:
     """All that it generates for one user message."""
     sink = await begin(engine, text, "one", **fields)
     choices = fields.get("n", 1)
@@ -140,25 +171,26 @@ async def test_choices_differ_by_their_seeds(engine: EchoEngine, words: int, see
     assert [chosen.text(i) for i in range(n)] == [again.text(i) for i in range(n)]
     firsts = [int(chosen.text(i).split()[0]) for i in range(n)]
     assert firsts == [Sampling(1, seed=seed).choice_seed(i) % words for i in range(n)]  # type: ignore[operator]
-    for fields in ({}, {"seed": seed, "temperature": 0.0}):
+    repeatable: list[dict[str, Any]] = [{}, {"seed": seed, "temperature": 0.0}]
+    for fields in repeatable:
         sink = await say(engine, text, n=n, **fields)
         assert {sink.text(i) for i in range(n)} == {" ".join(str(at % words) for at in range(8))}
 
 
 async def test_a_prompt_counts_every_word_and_the_last_user_message_is_repeated(engine: EchoEngine) -> None:
     """The prompt's length is that of all messages; what is repeated is the user's last one."""
-    prompt = await engine.render(
-        [
-            Message("system", "be brief"),
-            Message("user", "first question"),
-            Message("assistant", "an answer"),
-            Message("user", "the second"),
-            Message("assistant", "well"),
-        ]
+    messages = (
+        Message("system", "be brief"),
+        Message("user", "first question"),
+        Message("assistant", "an answer"),
+        Message("user", "the second"),
+        Message("assistant", "well"),
     )
+    asked = chat(messages=messages, max_tokens=2)
+    (prompt,) = await engine.render(asked)
     assert prompt.length == 9
     sink = Recorder()
-    await engine.generate("one", prompt, Sampling(max_tokens=2), sink)
+    await engine.generate(asked, [prompt], sink)
     await until(lambda: sink.ends)
     assert sink.text() == "the second"
 
@@ -168,11 +200,97 @@ async def test_a_very_long_word_is_several_tokens(engine: EchoEngine, length: in
     """No token has more than LONGEST_TOKEN characters and the space before it, and together they spell what
     the words do."""
     word = "x" * length
-    prompt = await engine.render([Message("user", f"{word} y {word}")])
+    (prompt,) = await engine.render(chat(f"{word} y {word}"))
     sink = await say(engine, f"{word} y {word}", max_tokens=prompt.length)
     assert sink.text() == f"{word} y {word}"
     assert max(map(len, sink.texts[0])) <= LONGEST_TOKEN
     assert prompt.length == sink.tokens[0] == 2 * -(-(length + 1) // LONGEST_TOKEN) + 1
+
+
+# ---- what else it is asked for -------------------------------------------------------------------------
+
+
+async def complete(engine: EchoEngine, *prompts: str | tuple[int, ...], **fields: Any) -> Recorder:
+    """All that it generates for a text completion."""
+    sink = Recorder()
+    request = completion(*prompts, **fields)
+    await run(engine, request, sink)
+    await until(lambda: len(sink.ends) == request.sequences)
+    return sink
+
+
+async def test_it_goes_on_with_the_words_of_a_prompt(engine: EchoEngine) -> None:
+    """A text is gone on with, space and all; of token ids each is the word of its digits."""
+    sink = await complete(engine, "to be", (12, 7), "", max_tokens=3, n=2)
+    assert [sink.text(choice) for choice in range(6)] == [" to be to"] * 2 + [" 12 7 12"] * 2 + ["", ""]
+    assert sink.ends == dict.fromkeys(range(4), "length") | {4: "stop", 5: "stop"}
+
+
+@given(k=st.none() | st.integers(0, 5), words=st.lists(st.text("ab", min_size=1), min_size=1, max_size=5))
+async def test_each_token_is_certain(engine: EchoEngine, k: int | None, words: list[str]) -> None:
+    """Where logprobs are asked for, a token has one of 0, and is the likeliest where those are wanted; the
+    tokens spell what was said, those of an echoed prompt the prompt."""
+    text = " ".join(words)
+    sink = await complete(engine, text, max_tokens=4, logprobs=k, echo=True)
+    if k is None:
+        assert (sink.logprobs[0], sink.prompts) == ([], {})
+        return
+    first, others = sink.prompts[0]
+    assert first + "".join(each.chosen.token for each in others) == text
+    assert "".join(each.chosen.token for each in sink.logprobs[0]) == sink.text()
+    for each in (*others, *sink.logprobs[0]):
+        assert each.chosen.logprob == 0
+        assert list(each.likeliest) == ([each.chosen] if k else [])
+
+
+async def test_a_word_has_one_id(engine: EchoEngine) -> None:
+    """The same word is the same token wherever it stands, and different words are different ones."""
+    ids: dict[str, set[int]] = {}
+    for text in ("to be or not to be", "be not"):
+        sink = await complete(engine, text, max_tokens=6)
+        for word, token_id in zip(sink.texts[0], sink.ids[0], strict=True):
+            ids.setdefault(word, set()).add(token_id)
+    assert all(len(each) == 1 for each in ids.values())
+    assert len(set.union(*ids.values())) == len(ids) == 4
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"response_format": ResponseFormat()}, "response_format"),
+        ({"tools": (Tool("f"),), "tool_choice": "required"}, "tool_choice"),
+        ({"tools": (Tool("f"),), "tool_choice": NamedTool("f")}, "tool_choice"),
+    ],
+)
+async def test_it_refuses_what_takes_a_model(engine: EchoEngine, fields: dict[str, Any], param: str) -> None:
+    """It can hold no format and call no tool, and says so."""
+    with pytest.raises(Refusal, match=f"^{param}: this model repeats words") as refusal:
+        await engine.render(chat("hi", **fields))
+    assert (refusal.value.status, refusal.value.param) == (400, param)
+
+
+@pytest.mark.parametrize("choice", ["auto", "none"])
+async def test_it_never_calls_a_tool_that_it_may_call(engine: EchoEngine, choice: Any) -> None:
+    """Tools are there to be called or not, and messages of tools are messages like others, though not to be
+    repeated; a call has no words."""
+    called = Message("assistant", None, tool_calls=(ToolCall("1", "f", "{}"),))
+    answered = Message("tool", "three words more", tool_call_id="1")
+    messages = (Message("user", "what now"), called, answered)
+    asked = chat(messages=messages, tools=(Tool("f"),), tool_choice=choice)
+    (prompt,) = await engine.render(asked)
+    assert prompt.length == 5
+    sink = Recorder()
+    await engine.generate(asked, [prompt], sink)
+    await until(lambda: sink.ends)
+    assert sink.text().startswith("what now what now")
+
+
+async def test_a_prompt_that_does_not_fit_is_named(engine: EchoEngine) -> None:
+    """The refusal of a prompt without room names the field that it came in."""
+    for asked, param in ((chat("x " * 9000), "messages"), (completion("x " * 9000), "prompt")):
+        with pytest.raises(Refusal, match=f"^{param}: the prompt has 9000 tokens") as refusal:
+            await run(engine, asked, Recorder())
+        assert (refusal.value.param, refusal.value.code) == (param, "context_length_exceeded")
 
 
 # ---- how it goes about it -----------------------------------------------------------------------------
@@ -217,14 +335,13 @@ async def test_a_request_that_its_sink_has_cancelled_disturbs_no_other(engine: E
     """A sink may cancel its request while it is given a token, the last one of a choice included."""
 
     class Ungrateful(Recorder):
-        def put(self, choice: int, text: str, tokens: int, finish_reason: FinishReason | None) -> None:
-            super().put(choice, text, tokens, finish_reason)
+        def put(self, *output: Any) -> None:
+            super().put(*output)
             engine.cancel("ungrateful")
 
     for max_tokens in (1, 5):
         sink = Ungrateful()
-        prompt = await engine.render([Message("user", "no thanks")])
-        await engine.generate("ungrateful", prompt, Sampling(max_tokens, n=4), sink)
+        await run(engine, chat("no thanks", id="ungrateful", max_tokens=max_tokens, n=4), sink)
         assert (await say(engine, "next")).tokens[0] == 8
         assert dict(sink.tokens) == {0: 1}
 

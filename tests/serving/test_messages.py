@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import struct
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -15,39 +16,66 @@ numbers = st.floats(allow_nan=False)
 streams = st.integers(0, 2**63 - 1)
 data = st.binary(max_size=300)
 
+texts = st.none() | st.text()
+
+
+def several(of: st.SearchStrategy[Any]) -> st.SearchStrategy[tuple[Any, ...]]:
+    """A few of them, as messages hold them."""
+    return st.lists(of, max_size=3).map(tuple)
+
+
+samplings = st.builds(
+    Sampling,
+    max_tokens=integers,
+    temperature=numbers,
+    logit_bias=st.dictionaries(integers, numbers, max_size=3),
+    n=integers,
+    seed=st.none() | integers,
+    stop=several(st.text()),
+    ignore_eos=st.booleans(),
+    stop_token_ids=several(integers),
+)
 chats = st.builds(
     messages.Chat,
     id=st.text(),
     model=st.text(),
     created=integers,
-    messages=st.lists(
+    messages=several(
         st.builds(
-            messages.Message, st.sampled_from(["system", "user", "tool"]), st.text(), st.none() | st.text()
-        ),
-        max_size=3,
-    ).map(tuple),
-    sampling=st.builds(
-        Sampling,
-        max_tokens=integers,
-        temperature=numbers,
-        logit_bias=st.dictionaries(integers, numbers, max_size=3),
-        n=integers,
-        seed=st.none() | integers,
-        stop=st.lists(st.text(), max_size=4).map(tuple),
-        ignore_eos=st.booleans(),
-        stop_token_ids=st.lists(integers, max_size=3).map(tuple),
+            messages.Message,
+            st.sampled_from(["system", "user", "tool"]),
+            texts,
+            texts,
+            several(st.builds(messages.ToolCall, st.text(), st.text(), st.text())),
+            texts,
+        )
     ),
+    sampling=samplings,
     stream=st.booleans(),
     include_usage=st.booleans(),
+    logprobs=st.none() | integers,
+    response_format=st.none() | st.builds(messages.ResponseFormat, texts),
+    tools=several(st.builds(messages.Tool, st.text(), texts, texts, st.none() | st.booleans())),
+    tool_choice=st.sampled_from(["none", "auto", "required"]) | st.builds(messages.NamedTool, st.text()),
+)
+text_completions = st.builds(
+    messages.Text,
+    id=st.text(),
+    model=st.text(),
+    created=integers,
+    prompts=several(st.text() | several(integers)),
+    sampling=samplings,
+    echo=st.booleans(),
+    logprobs=st.none() | integers,
 )
 to_replica = st.one_of(
-    st.builds(messages.Submit, streams, chats),
+    st.builds(messages.Submit, streams, chats | text_completions),
     st.builds(messages.Cancel, streams),
     st.builds(messages.Hello, st.text(), data, data),
     st.just(messages.Ping()),
 )
 
-usages = st.builds(messages.Usage, integers, integers, integers)
+usages = st.builds(messages.Usage, integers, integers, integers, integers)
 events = st.one_of(
     st.builds(messages.Accepted, streams, integers),
     st.builds(messages.Refused, streams, integers, st.text(), st.none() | st.text(), st.none() | st.text()),
@@ -133,3 +161,11 @@ def test_every_choice_has_a_seed_in_int64(seed: int, choice: int) -> None:
     assert -(2**63) <= drawn < 2**63
     assert (drawn - seed - choice) % 2**64 == 0
     assert Sampling(max_tokens=1).choice_seed(choice) is None
+
+
+@given(prompts=st.integers(1, 5), n=st.integers(1, 5))
+def test_a_request_takes_a_sequence_for_each_choice(prompts: int, n: int) -> None:
+    """A chat is one prompt; of a text completion every prompt has its n choices."""
+    sampling = Sampling(max_tokens=1, n=n)
+    assert messages.Chat("id", "m", 1, (messages.Message("user", "hi"),), sampling).sequences == n
+    assert messages.Text("id", "m", 1, ("hi",) * prompts, sampling).sequences == prompts * n

@@ -19,6 +19,7 @@ from serving.settings import TrunkSettings
 from serving.trunk import FRAME_DATA, GATHERED_LIMIT
 from tests.harness import HandEngine, Replica, echo_engine, replica
 from tests.peers import SECRET, BareRouter
+from tests.serving.recorder import chat, completion
 from tests.waiting import soon, until
 
 
@@ -220,6 +221,21 @@ async def test_what_one_step_makes_for_one_router_is_one_frame(hand: Replica, en
         for step, events in enumerate(spoken):
             assert [event.stream for event in events] == [2 * stream + at for stream in range(32)]
             assert all(b"token-%d" % step in event.data for event in events)
+
+
+async def test_a_trunk_carries_requests_of_both_kinds() -> None:
+    """A chat and a text completion of several prompts share a trunk, and each gets the bytes of its kind."""
+    async with replica(echo_engine()) as one:
+        router = await one.router()
+        router.send(Submit(1, chat("a b", max_tokens=2)), Submit(2, completion("c", "d", max_tokens=1)))
+        frames = await frames_until(router, {1, 2})
+    events = [event for frame in frames for event in frame.events]
+    accepted = {event.stream: event.prompt_tokens for event in events if isinstance(event, Accepted)}
+    ended = {event.stream: event for event in events if isinstance(event, Ended)}
+    assert accepted == {1: 2, 2: 2}
+    assert b'"object":"chat.completion"' in ended[1].data
+    assert b'"object":"text_completion"' in ended[2].data
+    assert ended[1].usage.completion_tokens == ended[2].usage.completion_tokens == 2
 
 
 async def test_an_engine_that_steps_at_a_pace_sends_as_many_frames_as_steps() -> None:
@@ -514,8 +530,8 @@ async def test_closing_waits_for_a_router_that_reads_and_for_no_other() -> None:
         reads.send(submit(1))
         deaf.send(submit(2))
         await until(lambda: len(engine.requests) == 2)
-        engine.requests["chat-1"].sink.put(0, "-" * 2**20, 1, "stop")
-        engine.requests["chat-2"].sink.put(0, "-" * 2**24, 1, "stop")
+        engine.requests["chat-1"].sink.put(0, "-" * 2**20, (0,), "stop")
+        engine.requests["chat-2"].sink.put(0, "-" * 2**24, (0,), "stop")
         closing = asyncio.create_task(one.server.close())
         (ended,) = (e for f in await frames_until(reads, {1}) for e in f.events if isinstance(e, Ended))
         assert len(ended.data) > 2**20

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -88,14 +87,7 @@ def test_no_log_has_what_a_client_said(server: Server) -> None:
             client.post(CHAT, json=body, headers=headers)
         client.post(CHAT, content=b'{"messages": "' + PRIVATE.encode())
     assert [server.request(f"private-{number}")["status"] for number in range(3)] == [200, 400, 404]
-    files = [*server.log_dir.iterdir(), *ray_logs(server)]
+    files = server.log_files()
     assert len(files) > 10
     assert [path for path in files if PRIVATE.encode() in path.read_bytes()] == []
     assert PRIVATE not in server.said
-
-
-def ray_logs(server: Server) -> list[Path]:
-    """The log files of the Ray that the server has started."""
-    commands = [" ".join(process.cmdline()) for process in server.processes()]
-    (folder,) = {found[1] for line in commands if (found := re.search(r"gcs_server.* --log_dir=(\S+)", line))}
-    return [path for path in Path(folder).rglob("*") if path.is_file()]

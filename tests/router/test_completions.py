@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from router.settings import ModelLimits, ModelTimeouts
-from serving.chat import LONGEST_ANSWER
+from serving.answers import LONGEST_ANSWER
 from serving.engine import EngineDead
 from tests.harness import Deployment, HandEngine, deployed, echo_engine, served
 from tests.waiting import soon, until
@@ -125,7 +125,7 @@ async def test_a_drain_is_not_seen_by_clients() -> None:
         assert all(answer.done and len(answer.text().split()) == 39 for answer in answers)
         await soon(draining)
         assert deployment.metric("trunkline_requests_total", outcome="completed") == 40
-        await until(lambda: len(deployment.model().replicas.trunks) == 1)
+        await until(lambda: len(deployment.backend().trunks) == 1)
 
 
 async def test_a_lost_replica_ends_its_streams_with_an_event() -> None:
@@ -295,7 +295,7 @@ async def test_a_router_that_ends_takes_nothing_new() -> None:
     async with deployed(served(engine)) as deployment:
         wire = await deployment.open("hi", stream=True)
         await until(lambda: engine.requests)
-        deployment.application.chat.draining = True
+        deployment.application.completions.draining = True
         refused = await deployment.open("hi")
         assert json.loads(await refused.body())["error"]["code"] == "shutting_down"
         assert (refused.status, refused.headers["retry-after"]) == (503, "1")

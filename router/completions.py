@@ -1,28 +1,43 @@
-"""POST /v1/chat/completions: validate, admit, dispatch, answer."""
+"""POST /v1/chat/completions and /v1/completions: validate, admit, dispatch, answer."""
 
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, closing
+from typing import Any, NamedTuple
 
 import structlog
 from starlette.types import Receive, Scope, Send
 
+from router.backend import Job
 from router.call import Call, ClientLeft
 from router.catalog import Catalog
-from router.errors import ApiError, InternalError, ReplicaLost, ShuttingDown, TotalTimeout
+from router.errors import ApiError, InternalError, ReplicaLost, ShuttingDown, TotalTimeout, WrongEndpoint
 from router.metrics import RouterMetrics
-from router.protocol import model_name, parse_chat, read_json
-from router.settings import RouterSettings
+from router.protocol import ChatRequest, TextRequest, model_name, parse_chat, parse_text, read_json
+from router.settings import ModelSettings, RouterSettings
 from router.trunk import Lost
 
 log = structlog.get_logger(__name__)
 
 
-class ChatCompletions:
-    """The endpoint, as an ASGI application of its own: nothing stands between it and the socket."""
+class Endpoint(NamedTuple):
+    """One of the paths that answer with tokens."""
+
+    parse: Callable[[dict[str, Any], ModelSettings], ChatRequest | TextRequest]
+    flag: str
+    """What a model's card calls it that the model answers here."""
+
+
+ENDPOINTS = {
+    "/v1/chat/completions": Endpoint(parse_chat, "is_chat"),
+    "/v1/completions": Endpoint(parse_text, "is_text"),
+}
+
+
+class Completions:
+    """Both endpoints, as an ASGI application of its own: nothing stands between it and the socket."""
 
     def __init__(self, catalog: Catalog, settings: RouterSettings, metrics: RouterMetrics) -> None:
         self.draining = False
@@ -53,18 +68,24 @@ class ChatCompletions:
         data = read_json(await call.read(settings.limits.body_bytes, settings.timeouts.body_s))
         name, model = self._catalog.find(model_name(data))
         call.is_for(name, model.metrics)
-        request = parse_chat(
-            data,
-            max_messages=model.settings.limits.messages,
-            default_max_tokens=model.settings.default_max_tokens,
-        )
+        endpoint = ENDPOINTS[call.path]
+        if not getattr(model.settings.card, endpoint.flag):
+            raise WrongEndpoint(name, endpoint.flag)
+        request = endpoint.parse(data, model.settings)
         call.streamed = request.stream
-        message = request.to_message(f"chatcmpl-{call.key}", name, int(time.time()))
+        job = Job(
+            key=call.key,
+            model=name,
+            request=request,
+            data=data,
+            provider_key=call.provider_key,
+            role_in_every_chunk=model.settings.stream_role == "every",
+        )
         timeouts = model.settings.timeouts
         async with call.connected(), within(timeouts.total_s):
             with (
-                closing(await model.admission.admit(request.n, timeouts.queue_s)),
-                closing(await model.replicas.generate(message, timeouts.queue_s, call.tried)) as stream,
+                closing(await model.admission.admit(request.sequences, timeouts.queue_s)),
+                closing(await model.backend.generate(job, timeouts.queue_s, call.tried)) as stream,
             ):
                 await call.answer(stream)
 

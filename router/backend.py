@@ -1,0 +1,105 @@
+"""What answers for a model: replicas of this deployment, or a provider. Both are asked by one verb."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, Protocol
+
+from pydantic import SecretStr
+
+from router.errors import SlowReader
+from router.protocol import ChatRequest, TextRequest
+from serving import messages
+
+State = Literal["ready", "loading", "stopped", "failed"]
+"""Whether a request would be answered now."""
+
+Kind = Literal["hosted", "upstream"]
+"""Whether a model runs here or at an upstream provider."""
+
+
+class Piece(NamedTuple):
+    """What has gathered since the last read: bytes for the client and the tokens in them."""
+
+    data: bytes
+    tokens: int
+    last: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One validated request on its way to whatever answers it."""
+
+    key: str
+    """Ours, unique."""
+    model: str
+    """The name that was asked for, in the catalog's case."""
+    request: ChatRequest | TextRequest
+    data: dict[str, Any]
+    """The JSON object that the request was read from."""
+    provider_key: SecretStr | None = None
+    """The caller's own key for an upstream provider."""
+    role_in_every_chunk: bool = False
+    created: int = field(default_factory=lambda: int(time.time()))
+    """Unix seconds."""
+
+    def message(self) -> messages.Request:
+        """The request as a replica takes it."""
+        return self.request.to_message(
+            self.key, self.model, self.created, role_in_every_chunk=self.role_in_every_chunk
+        )
+
+
+class Stream(Protocol):
+    """One answer on its way. Whoever opened it closes it, however it ends."""
+
+    accepted: bool
+    """Whether whatever answers has taken the request."""
+    overflowed: Callable[[SlowReader], None] | None
+    """Told when the stream is given up because it is not read: its reader is held up where `read` cannot
+    tell it."""
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the prompt, by the count of whatever answers; 0 until it has told it."""
+
+    @property
+    def replica(self) -> str:
+        """Who answers, for the log."""
+
+    async def read(self) -> Piece:
+        """Everything that has gathered, waiting for something to gather. Raises what ended it early."""
+
+    def close(self) -> None:
+        """Free what the stream holds; an answer that has not ended is cancelled. Idempotent."""
+
+
+class Backend(Protocol):
+    """What answers for one model."""
+
+    @property
+    def kind(self) -> Kind:
+        """Where that is."""
+
+    @property
+    def state(self) -> State:
+        """Whether a request would be answered now."""
+
+    @property
+    def context_length(self) -> int | None:
+        """Tokens that prompt and answer may have together, where known."""
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for something to take them."""
+
+    async def generate(self, job: Job, timeout_s: float, tried: Callable[[Stream], None]) -> Stream:
+        """A stream that has bytes to read. `tried` is told of each stream as it is opened.
+
+        Waits up to `timeout_s` seconds for something to take the request. Raises ApiError.
+        """
+
+    async def close(self) -> None:
+        """Free everything."""

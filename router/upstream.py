@@ -1,0 +1,151 @@
+"""Models that live at an OpenAI-compatible provider: requests go there as they came, and answers come back
+under the name that was asked for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+
+from pydantic import SecretStr
+from pydantic_core import to_json
+
+from router.backend import Job, Kind, Piece, State, Stream
+from router.errors import ApiError, FirstTokenTimeout, MissingProviderKey, SlowReader, Stalled, UpstreamFailed
+from router.protocol import ChatRequest
+from router.provider import Answer, Provider
+from router.provider_errors import provider_error
+from router.relay import relay
+from router.settings import ModelTimeouts, UpstreamModel, is_provider_key
+
+REFUSAL_BYTES = 65_536
+"""How much of a refusal's body is read."""
+
+REFUSAL_S = 5.0
+"""Seconds that a refusal's body may take; without it the status speaks for itself."""
+
+
+class Upstream:
+    """One model at a provider. Nothing waits here: the provider says itself when it has too much to do.
+
+    To be made on a running event loop.
+    """
+
+    kind: Kind = "upstream"
+    state: State = "ready"
+    context_length: int | None = None
+    waiting = 0
+
+    def __init__(self, settings: UpstreamModel) -> None:
+        self.provider = Provider(
+            settings.base_url,
+            connect_s=settings.timeouts.upstream_connect_s,
+            buffer_bytes=settings.limits.stream_buffer_bytes,
+        )
+        self._settings = settings
+
+    async def generate(self, job: Job, timeout_s: float, tried: Callable[[Stream], None]) -> UpstreamStream:
+        """A stream of what the provider answers. It is asked once: who wants to try again is the client."""
+        stream = UpstreamStream(self.provider, job, self._key(job), self._settings.timeouts)
+        tried(stream)
+        try:
+            await stream.start(request_body(job, self._settings.upstream_name))
+        except BaseException:
+            stream.close()
+            raise
+        return stream
+
+    async def close(self) -> None:
+        await self.provider.close()
+
+    def _key(self, job: Job) -> SecretStr:
+        # Where the deployment has a key the caller's stays here: clients send one provider's key with every
+        # request, whoever is asked.
+        key = self._settings.api_key or job.provider_key
+        if key is None or not is_provider_key(key.get_secret_value()):
+            raise MissingProviderKey(job.model)
+        return key
+
+
+class UpstreamStream:
+    """One request at a provider. The provider is read no faster than the client reads."""
+
+    def __init__(self, provider: Provider, job: Job, key: SecretStr, timeouts: ModelTimeouts) -> None:
+        self.accepted = False
+        self.overflowed: Callable[[SlowReader], None] | None = None
+        self._provider = provider
+        self._job = job
+        self._key = key
+        self._timeouts = timeouts
+        self._relay = relay(job, key)
+        self._answer: Answer | None = None
+
+    @property
+    def prompt_tokens(self) -> int:
+        return self._relay.prompt_tokens
+
+    @property
+    def replica(self) -> str:
+        return self._provider.host
+
+    async def start(self, body: bytes) -> None:
+        """Returns when there is something to read. Raises ApiError."""
+        path = "/chat/completions" if isinstance(self._job.request, ChatRequest) else "/completions"
+        seconds = self._timeouts.first_token_s
+        async with _within(seconds, FirstTokenTimeout(seconds)):
+            answer = self._answer = await self._provider.post(path, body, self._key, self._job.key)
+            if answer.status != 200:
+                raise await self._refusal(answer)
+            self.accepted = True
+            while not self._relay.begun:
+                self._relay.feed(await answer.read())
+
+    async def read(self) -> Piece:
+        seconds = self._timeouts.stall_s
+        while (piece := self._relay.take()) is None:
+            async with _within(seconds, Stalled(seconds)):
+                self._relay.feed(await self._answer.read() if self._answer else b"")
+        return piece
+
+    def close(self) -> None:
+        answer, self._answer = self._answer, None
+        if answer is None:
+            return
+        if self._relay.done:
+            answer.end()
+        else:
+            answer.close()
+
+    async def _refusal(self, answer: Answer) -> ApiError:
+        """What the provider says instead of an answer."""
+        if not 400 <= answer.status < 600:
+            return UpstreamFailed(f"the provider answered with status {answer.status}, which is no answer")
+        body = b""
+        with suppress(TimeoutError, ApiError):
+            async with asyncio.timeout(REFUSAL_S):
+                while len(body) < REFUSAL_BYTES and (more := await answer.read()):
+                    body += more
+        return provider_error(answer.status, body[:REFUSAL_BYTES], self._key, answer.headers)
+
+
+def request_body(job: Job, upstream_name: str) -> bytes:
+    """What the provider is asked: the client's own JSON, under the name that the model has there."""
+    fields = {name: value for name, value in job.data.items() if value is not None}
+    fields["model"] = upstream_name
+    if "max_completion_tokens" not in fields:
+        fields["max_tokens"] = job.request.max_tokens
+    if job.request.stream:
+        # What was used is always asked for; the relay keeps it from clients that did not ask.
+        fields["stream_options"] = {**fields.get("stream_options", {}), "include_usage": True}
+    return to_json(fields)
+
+
+@asynccontextmanager
+async def _within(seconds: float, late: ApiError) -> AsyncIterator[None]:
+    """Raises `late` in the block after so many seconds."""
+    try:
+        async with asyncio.timeout(seconds):
+            yield
+    except TimeoutError:
+        raise late from None

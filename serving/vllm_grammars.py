@@ -1,0 +1,134 @@
+"""Constraints on an answer, tried out before vLLM's engine gets them.
+
+The engine compiles a grammar in a thread that nothing can stop, in the process that makes every request's
+tokens. What has gone through here it compiles too, in about the same time.
+
+Import this module only through `serving.engines`, which sets the environment first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any
+
+import msgspec
+import structlog
+from vllm.config import VllmConfig
+from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import StructuredOutputsParams, check_json_nesting
+from vllm.v1.structured_output.backend_types import StructuredOutputOptions
+from vllm.v1.structured_output.backend_xgrammar import XgrammarBackend
+
+from serving import grammars
+from serving.engine import Refusal
+from serving.grammars import READY, Trial
+
+log = structlog.get_logger(__name__)
+
+REMEMBERED = 1024
+"""Trials whose outcome is kept: most schemas come again and again."""
+
+
+class Grammars:
+    """The trials of one engine, one at a time, in a program that is started with the first."""
+
+    def __init__(self, config: VllmConfig, tokenizer: Any) -> None:
+        self._config = config
+        self._tokenizer = tokenizer
+        self._outputs = config.structured_outputs_config
+        # The other backends take bounded time, or are somebody's own choice.
+        self._tries = self._outputs.backend == "xgrammar"
+        self._thread = ThreadPoolExecutor(1, "grammars")
+        self._process: subprocess.Popen[bytes] | None = None
+        self._outcomes: dict[bytes, asyncio.Future[str | None]] = {}
+
+    async def check(self, constraint: StructuredOutputsParams, param: str) -> None:
+        """Raises Refusal, for the field `param`, where the engine could not hold an answer to this."""
+        try:
+            check_json_nesting(constraint.json)
+            check_json_nesting(constraint.structural_tag, structural_tag=True)
+        except VLLMValidationError as error:
+            raise Refusal(f"{param}: {error.args[0]}", param=param) from error
+        trial = self._trial(constraint)
+        flaw = None if trial is None else await self._outcome(trial)
+        if flaw is not None:
+            raise Refusal(f"{param}: {flaw}", param=param)
+
+    async def close(self) -> None:
+        """End the program, and with it the trial that is going on. Idempotent."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+        self._end()
+        await asyncio.to_thread(self._thread.shutdown)
+        self._end()  # it was just being started
+
+    def _trial(self, constraint: StructuredOutputsParams) -> Trial | None:
+        loose = not self._outputs.disable_any_whitespace
+        if not self._tries:
+            return None
+        if isinstance(constraint.json, str):
+            return Trial("json", constraint.json, loose)
+        if constraint.structural_tag is not None:
+            return Trial("structural_tag", constraint.structural_tag, loose)
+        return None
+
+    async def _outcome(self, trial: Trial) -> str | None:
+        line = msgspec.json.encode(trial)
+        key = hashlib.sha256(line).digest()
+        outcome = self._outcomes.get(key)
+        if outcome is None or (outcome.done() and (outcome.cancelled() or outcome.exception())):
+            loop = asyncio.get_running_loop()
+            outcome = self._outcomes[key] = loop.run_in_executor(self._thread, self._try, line)
+            if len(self._outcomes) > REMEMBERED:
+                self._outcomes.pop(next(iter(self._outcomes)))
+        # Others may wait for the same.
+        return await asyncio.shield(outcome)
+
+    def _try(self, line: bytes) -> str | None:
+        process = self._process or self._start()
+        answer = _asked(process, line + b"\n")
+        if answer:
+            return msgspec.json.decode(answer, type=str | None)
+        self._end()
+        log.warning("a grammar took too much", status=process.returncode)
+        return "making a grammar of it takes too much time or memory"
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        backend = XgrammarBackend(
+            self._config, tokenizer=self._tokenizer, vocab_size=self._config.model_config.get_vocab_size()
+        )
+        # Of any grammar; how it is made of a tokenizer differs from one to the next.
+        grammar: Any = backend.compile_grammar(StructuredOutputOptions.JSON_OBJECT, "")
+        vocabulary = grammar.ctx.tokenizer_info
+        process = self._process = subprocess.Popen(  # noqa: S603 - a program of this very package
+            [sys.executable, "-m", grammars.__name__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        if _asked(process, vocabulary.serialize_json().encode() + b"\n") != READY:
+            self._end()
+            raise RuntimeError("the program that tries out grammars does not start")
+        return process
+
+    def _end(self) -> None:
+        process, self._process = self._process, None
+        if process is not None:
+            # It may have left what was written to it.
+            with suppress(BrokenPipeError), process:
+                process.kill()
+
+
+def _asked(process: subprocess.Popen[bytes], line: bytes) -> bytes:
+    """The program's answer to a line; nothing where it has ended over it."""
+    assert process.stdin is not None  # noqa: S101 - both are pipes
+    assert process.stdout is not None  # noqa: S101
+    try:
+        process.stdin.write(line)
+        process.stdin.flush()
+    except BrokenPipeError:
+        return b""
+    return process.stdout.readline()

