@@ -41,7 +41,7 @@ SCHEMAS: dict[str, Any] = {
     "that contains itself": TREE,
     "that is nothing but itself": LOOP,
     "16 deep": nested(16),
-    "200 deep": nested(200),
+    "60 deep": nested(60),
     "of 5,000 properties": {
         "type": "object",
         "properties": {f"p{i}": {"type": "string"} for i in range(5000)},
@@ -108,6 +108,13 @@ async def test_a_hostile_schema(server: Server, kind: str) -> None:
     far as it goes."""
     answer = await endured(server, chat(SMOLLM, PARIS, max_tokens=16, temperature=0, **schema(SCHEMAS[kind])))
     await assert_well(server, answer, "response_format")
+
+
+async def test_a_schema_deeper_than_json_may_be(server: Server) -> None:
+    """A body of hundreds of levels is refused as JSON, before anything looks at what it says."""
+    answer = await endured(server, chat(SMOLLM, PARIS, **schema(nested(200))))
+    assert answer.status == 400
+    assert answer.error["code"] == "invalid_json"
 
 
 @pytest.mark.parametrize("parameter", ["structured_outputs", "guided_grammar"])
