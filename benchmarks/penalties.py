@@ -1,7 +1,7 @@
 """What the additive repetition penalty adds to a step of vLLM's sampler: `python -m benchmarks.penalties`.
 
-No model runs: the V1 runner's own batch and sampler take random logits, greedily. The cases take turns, so that
-whatever else the machine does falls on all of them.
+No model runs: the V1 runner's own batch and sampler take random logits, greedily. The cases take turns, so
+that whatever else the machine does falls on all of them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from serving.engines import VLLM_ENVIRONMENT
 
 os.environ.update(VLLM_ENVIRONMENT)
 
-# ruff: noqa: E402 - vLLM reads its environment when it is imported
 import torch
 from vllm.sampling_params import SamplingParams
 from vllm.v1.sample.logits_processor import LogitsProcessors

@@ -131,8 +131,7 @@ class AdditivePenaltyV2(v2.LogitsProcessor):
     """For the V2 runner, which keeps the token ids on the device, in a slot for each request.
 
     They are read there at each step, by default over the bus, and take some hundred bytes a token for the
-    moment. Where penalised histories come to millions of tokens, counts kept from step to step do
-    better.
+    moment. Penalised histories of millions of tokens would want counts that are kept from step to step.
     """
 
     def __init__(self, vllm_config: VllmConfig, req_states: v2.LogitsProcRequestState) -> None:

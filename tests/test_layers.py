@@ -22,6 +22,7 @@ HOMES = {
     "starlette": {"router"},
     "uvicorn": {"router"},
     "aiohttp": {"router"},
+    "jinja2": {"router"},
 }
 """The packages that may import a package."""
 

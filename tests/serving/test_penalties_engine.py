@@ -118,7 +118,7 @@ def preemptions(engine: LLMEngine) -> int:
 
 
 def lost(output: RequestOutput, penalty: float) -> float:
-    """By how much a chosen token fell short of the best candidate, at worst, when the penalty is counted here.
+    """By how much a chosen token fell short of the best candidate, at worst, with the penalty counted here.
 
     The log probabilities are the raw model's, and differ from its logits by the same for all candidates.
     """
