@@ -360,9 +360,13 @@ def _vllm_faults(index: int, model: dict[Any, Any]) -> Iterator[Fault]:
     elif isinstance(given, str):
         yield from _source_faults(index, given)
     arguments = model.get("engine_args", {})
-    if isinstance(arguments, dict):
-        yield from _argument_faults(index, arguments)
-        yield from _worker_faults(index, arguments, model.get("gpus", "auto"))
+    try:
+        if isinstance(arguments, dict):
+            yield from _argument_faults(index, arguments)
+            yield from _worker_faults(index, arguments, model.get("gpus", "auto"))
+        yield from _parser_faults(index, model)
+    except vllm_arguments.VllmMissing as error:
+        yield fault(field_at("models", index, "engine"), "no_vllm", reason=error)
 
 
 def _source_faults(index: int, given: str) -> Iterator[Fault]:
@@ -374,12 +378,15 @@ def _source_faults(index: int, given: str) -> Iterator[Fault]:
         yield fault(field_at("models", index, "source"), "unreadable", reason=error)
 
 
+def _parser_faults(index: int, model: dict[Any, Any]) -> Iterator[Fault]:
+    for kind in vllm_arguments.PARSERS:
+        given, known = model.get(kind), vllm_arguments.parsers(kind)
+        if isinstance(given, str) and given not in known:
+            yield fault(field_at("models", index, kind), "unknown_parser", known=nearest(given, known))
+
+
 def _argument_faults(index: int, arguments: dict[Any, Any]) -> Iterator[Fault]:
-    try:
-        known = vllm_arguments.known()
-    except vllm_arguments.VllmMissing as error:
-        yield fault(field_at("models", index, "engine"), "no_vllm", reason=error)
-        return
+    known = vllm_arguments.known()
     for argument in filter(lambda key: isinstance(key, str), arguments):
         field = field_at("models", index, "engine_args", argument)
         if reason := vllm_arguments.RESERVED.get(argument):
@@ -402,6 +409,9 @@ def _worker_faults(index: int, arguments: dict[Any, Any], gpus: object) -> Itera
 def _echo_faults(index: int, model: dict[Any, Any]) -> Iterator[Fault]:
     if model.get("source") is not None:
         yield fault(field_at("models", index, "source"), "source_unused")
+    for kind in vllm_arguments.PARSERS:
+        if model.get(kind) is not None:
+            yield fault(field_at("models", index, kind), "parser_unused")
     if type(gpus := model.get("gpus", 0)) is int and gpus > 0:
         yield fault(field_at("models", index, "gpus"), "gpus_unused", value=shown(gpus))
     arguments = model.get("engine_args", {})

@@ -50,6 +50,8 @@ WORDING = {
     "source_unused": "the echo engine has no model to load; leave it out",
     "no_vllm": "{reason}",
     "unknown_argument": "unknown vLLM engine argument; {known}",
+    "unknown_parser": "unknown to vLLM; {known}",
+    "parser_unused": "the echo engine calls no tools and does not reason; leave it out",
     "reserved_argument": "cannot be set: {reason}",
     "workers": "expected a whole number of at least 1, got {value}",
     "gpus": "expected auto, 0 or {workers} (what the parallel sizes in engine_args multiply to), got {value}",

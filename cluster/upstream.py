@@ -14,7 +14,16 @@ from cluster.faults import Fault, fault
 from router.settings import is_host, is_provider_key
 from serving.settings import Settings
 
-HOSTED_ONLY = ("source", "engine_args", "replicas", "gpus", "cpus", "drain_s")
+HOSTED_ONLY = (
+    "source",
+    "engine_args",
+    "tool_parser",
+    "reasoning_parser",
+    "replicas",
+    "gpus",
+    "cpus",
+    "drain_s",
+)
 """What can only be said of a model that runs here."""
 
 _URL = re.compile(r"https?://[!-~]+")

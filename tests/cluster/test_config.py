@@ -243,6 +243,22 @@ REFUSED = {
         vllm(engine_args={"qqqqqq": 1}),
         "models[0].engine_args.qqqqqq: unknown vLLM engine argument; none has a name like it",
     ),
+    "a misspelt tool parser": (
+        vllm(tool_parser="hermez"),
+        "models[0].tool_parser: unknown to vLLM; did you mean hermes",
+    ),
+    "a reasoning parser like none": (
+        vllm(reasoning_parser="qqqqqq"),
+        "models[0].reasoning_parser: unknown to vLLM; none has a name like it",
+    ),
+    "a reasoning parser among the engine's arguments": (
+        vllm(engine_args={"reasoning_parser": "qwen3"}),
+        "models[0].engine_args.reasoning_parser: cannot be set: the model's `reasoning_parser` says it",
+    ),
+    "a tool parser for echo": (
+        model(tool_parser="hermes"),
+        "models[0].tool_parser: the echo engine calls no tools and does not reason; leave it out",
+    ),
     "an unknown echo argument": (
         model(engine_args={"tokens_per_secnod": 1}),
         "models[0].engine_args.tokens_per_secnod: unknown key; did you mean tokens_per_second?",

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from serving.vllm_arguments import RESERVED, VllmMissing, known
+from serving.vllm_arguments import RESERVED, VllmMissing, known, parsers
 
 
 @pytest.mark.filterwarnings("default")  # what vLLM imports warns of deprecations
@@ -18,10 +18,21 @@ def test_names_are_those_of_vllm() -> None:
     assert known() == {name for name in fields if not name.startswith("_")}
 
 
+@pytest.mark.filterwarnings("default")  # what vLLM imports warns of deprecations
+def test_parsers_are_those_of_vllm() -> None:
+    """The parsers read from vLLM's source text are those that it finds by name."""
+    from vllm.reasoning import ReasoningParserManager  # noqa: PLC0415 - slow, and for this test only
+    from vllm.tool_parsers import ToolParserManager  # noqa: PLC0415
+
+    assert parsers("tool_parser") == set(ToolParserManager.list_registered()) > {"hermes", "llama3_json"}
+    assert parsers("reasoning_parser") == set(ReasoningParserManager.list_registered()) > {"deepseek_r1"}
+
+
 def test_names_are_known_without_vllm_being_loaded() -> None:
     """Checking names loads neither vLLM nor torch."""
     code = (
-        "import sys; from serving.vllm_arguments import known; known()\n"
+        "import sys; from serving.vllm_arguments import known, parsers\n"
+        "known(), parsers('tool_parser'), parsers('reasoning_parser')\n"
         "print(sorted({'vllm', 'torch', 'transformers'} & sys.modules.keys()))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
