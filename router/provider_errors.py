@@ -11,6 +11,9 @@ from pydantic import SecretStr
 
 from router.errors import ProviderError
 
+REFUSAL_BYTES = 65_536
+"""How much of a refusal is looked at. Of a longer one only the status is told."""
+
 LEAST_PART = 6
 """Characters of a key that are too many to be told."""
 
@@ -26,15 +29,24 @@ _WAIT = re.compile(r"\d{1,12}(\.\d{1,12})?|\w{3}, \d\d \w{3} \d{4} \d\d:\d\d:\d\
 """A number or a date."""
 
 
+class _Detail(msgspec.Struct):
+    """What is wrong at one place of a request."""
+
+    msg: str
+    loc: tuple[str | int, ...] = ()
+
+
 def provider_error(
     status: int, body: bytes, key: SecretStr, headers: Mapping[str, str] | None = None
 ) -> ProviderError:
     """The error that a provider's answer is to the client: in its own words, where the body has any."""
-    told = _told(body)
+    told = _told(body[:REFUSAL_BYTES])
 
     def short(name: str) -> str | None:
         value = told.get(name)
-        return value if isinstance(value, str) and _CODE.fullmatch(value := scrubbed(value, key)) else None
+        # The shape first: to look for the key takes its time with each character.
+        fits = isinstance(value, str) and _CODE.fullmatch(value) and scrubbed(value, key) == value
+        return value if fits else None
 
     message = told.get("message")
     if not isinstance(message, str) or not message.strip():
@@ -70,4 +82,17 @@ def _told(body: bytes) -> dict[str, Any]:
     error = content.get("error", content) if isinstance(content, dict) else content
     if isinstance(error, str):
         return {"message": error}
-    return error if isinstance(error, dict) else {}
+    if not isinstance(error, dict):
+        return {}
+    return error if "message" in error else error | {"message": _from_detail(error.get("detail"))}
+
+
+def _from_detail(detail: Any) -> str | None:
+    """The message of servers made with FastAPI: a text, or a list of what is wrong, each with its place."""
+    try:
+        read = msgspec.convert(detail, str | list[_Detail])
+    except msgspec.ValidationError:
+        return None
+    if isinstance(read, str):
+        return read
+    return "; ".join(": ".join(filter(None, (".".join(map(str, each.loc)), each.msg))) for each in read)

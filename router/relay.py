@@ -14,8 +14,9 @@ from router.errors import ApiError, UpstreamFailed
 from router.provider_errors import provider_error
 from router.sse import EventReader
 
-MAX_ANSWER = 64 * 1024 * 1024
-"""Bytes of a whole answer."""
+MAX_ANSWER = 16 * 1024 * 1024
+"""Bytes of a whole answer: each is kept until its end and then read in one go, while all others wait. A hosted
+model's has to fit a frame, which is not much more."""
 
 MAX_EVENT = 8 * 1024 * 1024
 """Bytes of a stream's event."""
@@ -104,7 +105,8 @@ class WholeRelay:
 
 
 class StreamRelay:
-    """An answer as server-sent events. It is complete with [DONE], where a choice has had its end before."""
+    """An answer as server-sent events. It is complete with [DONE], or where the body ends without it, if every
+    choice has had its end before."""
 
     def __init__(self, job: Job, key: SecretStr) -> None:
         self.prompt_tokens = 0
@@ -120,7 +122,8 @@ class StreamRelay:
         """In all chunks so far: one for each choice that says something in a chunk."""
         self._completion_tokens = 0
         """By the provider's count."""
-        self._choice_ended = False
+        self._unended = set(range(job.request.sequences))
+        """Indices of the choices that have had no finish_reason."""
         self._error: ApiError | None = None
 
     @property
@@ -133,7 +136,7 @@ class StreamRelay:
                 if not self.done:
                     self._receive(event)
             if not data and not self.done:
-                self._error = UpstreamFailed(_CUT_OFF)
+                self._complete()
         except ValueError:
             self._error = UpstreamFailed(_SENSELESS)
         except ApiError as error:
@@ -149,18 +152,21 @@ class StreamRelay:
         return None
 
     def _receive(self, event: bytes) -> None:
-        if event != _DONE:
-            self._chunk(_read(event, self._key))
-        elif not self._choice_ended:
-            raise UpstreamFailed(_CUT_OFF)
+        if event == _DONE:
+            self._complete()
         else:
-            self.done = True
-            # A chunk may have several tokens, or a few of them may have made no text.
-            self._gather(_DONE, max(0, self._completion_tokens - self._relayed_tokens))
+            self._chunk(_read(event, self._key))
+
+    def _complete(self) -> None:
+        if self._unended:
+            raise UpstreamFailed(_CUT_OFF)
+        self.done = True
+        # A chunk may have several tokens, or a few of them may have made no text.
+        self._gather(_DONE, max(0, self._completion_tokens - self._relayed_tokens))
 
     def _chunk(self, fields: _Fields) -> None:
         choices = _choices(fields)
-        self._choice_ended |= any(choice.get("finish_reason") for choice in choices)
+        self._unended -= _ended(choices)
         usage = _usage(fields)
         if usage is not None:
             self.prompt_tokens = usage.prompt_tokens
@@ -209,6 +215,12 @@ def _usage(fields: _Fields) -> _Usage | None:
 
 def _written(value: Any) -> msgspec.Raw:
     return msgspec.Raw(msgspec.json.encode(value))
+
+
+def _ended(choices: list[dict[str, Any]]) -> set[int]:
+    """The indices of those that end here. One without an index is the only one."""
+    indices = (choice.get("index", 0) for choice in choices if choice.get("finish_reason"))
+    return {index for index in indices if isinstance(index, int)}
 
 
 def _says_something(choice: dict[str, Any]) -> bool:

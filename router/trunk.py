@@ -22,6 +22,11 @@ from serving.settings import TrunkSettings
 log = structlog.get_logger(__name__)
 
 
+READER_S = 0.05
+"""Seconds that a reader gets to take what is too much to wait: one read from the trunk may bring more of a
+long echo than a stream's buffer has room for, before any reader can run."""
+
+
 class Lost(Exception):
     """The replica is gone, or gave up on the request: nothing more will come."""
 
@@ -222,6 +227,7 @@ class TrunkStream:
         "_ended",
         "_error",
         "_heard_at",
+        "_judging",
         "_number",
         "_reports",
         "_sequences",
@@ -256,6 +262,7 @@ class TrunkStream:
         self._started = False
         self._error: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
+        self._judging: asyncio.TimerHandle | None = None
         self._heard_at = perf_counter()
 
     @property
@@ -288,6 +295,8 @@ class TrunkStream:
 
     def close(self) -> None:
         """Leave the trunk; a request that has not ended is cancelled in the engine."""
+        if self._judging is not None:
+            self._judging.cancel()
         if self._leave() and not self._ended:
             self._trunk.send(messages.Cancel(self._number))
 
@@ -337,11 +346,18 @@ class TrunkStream:
             self._data.append(data)
             self._size += len(data)
             self._tokens += tokens
-            if self._size > self._trunk.options.stream_buffer_bytes and not self._ended:
-                error = SlowReader(self._trunk.options.stream_buffer_bytes)
-                self._stop(error)
-                if self.overflowed is not None:
-                    self.overflowed(error)
+            if self._size > self._trunk.options.stream_buffer_bytes and self._judging is None:
+                self._judging = asyncio.get_running_loop().call_later(READER_S, self._judge)
+
+    def _judge(self) -> None:
+        """Give the request up if its reader has not taken what is too much."""
+        self._judging = None
+        limit = self._trunk.options.stream_buffer_bytes
+        if self._size > limit and not self._ended and self._error is None:
+            error = SlowReader(limit)
+            self._stop(error)
+            if self.overflowed is not None:
+                self.overflowed(error)
 
     def _stop(self, error: Exception) -> None:
         """Give the request up from our side: the engine is told, the reader finds `error`."""

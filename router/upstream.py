@@ -15,12 +15,9 @@ from router.backend import Job, Kind, Piece, State, Stream
 from router.errors import ApiError, FirstTokenTimeout, MissingProviderKey, SlowReader, Stalled, UpstreamFailed
 from router.protocol import ChatRequest
 from router.provider import Answer, Provider
-from router.provider_errors import provider_error
+from router.provider_errors import REFUSAL_BYTES, provider_error
 from router.relay import relay
 from router.settings import ModelTimeouts, UpstreamModel, is_provider_key
-
-REFUSAL_BYTES = 65_536
-"""How much of a refusal's body is read."""
 
 REFUSAL_S = 5.0
 """Seconds that a refusal's body may take; without it the status speaks for itself."""
@@ -126,16 +123,26 @@ class UpstreamStream:
             async with asyncio.timeout(REFUSAL_S):
                 while len(body) < REFUSAL_BYTES and (more := await answer.read()):
                     body += more
-        return provider_error(answer.status, body[:REFUSAL_BYTES], self._key, answer.headers)
+        return provider_error(answer.status, body, self._key, answer.headers)
 
 
 def request_body(job: Job, upstream_name: str) -> bytes:
-    """What the provider is asked: the client's own JSON, under the name that the model has there."""
+    """What the provider is asked: the client's own JSON, under the name that the model has there.
+
+    Of the two names of max_tokens one is sent: there are providers that refuse both. A neutral
+    repetition_penalty is left out, as many do not know the field; any other goes as it was given, and what it
+    means is the provider's to say: additive or multiplicative.
+    """
+    request = job.request
     fields = {name: value for name, value in job.data.items() if value is not None}
     fields["model"] = upstream_name
-    if "max_completion_tokens" not in fields:
-        fields["max_tokens"] = job.request.max_tokens
-    if job.request.stream:
+    if isinstance(request, ChatRequest) and request.max_completion_tokens is not None:
+        fields.pop("max_tokens", None)
+    else:
+        fields["max_tokens"] = request.max_tokens
+    if request.repetition_penalty == 0 and request.repetition_factor == 1:
+        fields.pop("repetition_penalty", None)
+    if request.stream:
         # What was used is always asked for; the relay keeps it from clients that did not ask.
         fields["stream_options"] = {**fields.get("stream_options", {}), "include_usage": True}
     return to_json(fields)

@@ -85,7 +85,7 @@ class Answer:
         if isinstance(error, EngineDead):
             self._outlet.ended(b"", 0, self._usage(), failed=True)
         else:
-            self._outlet.refused(INTERNAL)
+            self._outlet.refused(error if isinstance(error, Refusal) else INTERNAL)
 
     def _usage(self) -> Usage:
         return Usage(

@@ -43,25 +43,32 @@ class ParsedChoice:
         self.length = 0
         """Characters that were added."""
         self._completion = request.id
-        self._parser: Parser = prompt.parser() if prompt.parser is not None else Verbatim()
+        self._new_parser: Callable[[], Parser] = prompt.parser or Verbatim
+        self._parser = self._new_parser()
         self._parallel = request.parallel_tool_calls
         self._named = isinstance(request.tool_choice, NamedTool)
         self._called = False
         # Text of which no delta has shown anything.
         self._unseen: list[str] = []
+        self._text = ""
+        self._content = ""
         self._token_ids: list[int] = []
 
     def delta(self, text: str, token_ids: Sequence[int], *, finished: bool) -> Delta:
         """What this adds to the message; it may be nothing yet."""
         self._token_ids += token_ids
-        delta = self._ask(lambda parser: parser.delta(text, token_ids, finished=finished))
-        if delta is None or not any(delta):
+        self._text += text
+        delta = self._ask(lambda parser: parser.delta(text, token_ids, finished=finished)) or NOTHING
+        if any(delta):
+            self._unseen.clear()
+        else:
             self._unseen.append(text)
-            return NOTHING
-        self._unseen.clear()
         if not self._parallel:
             delta = delta._replace(tool_calls=[call for call in delta.tool_calls if call.call == 0])
         self._called = self._called or bool(delta.tool_calls)
+        self._content += delta.content or ""
+        if finished and not self._called:
+            delta = delta._replace(content=(delta.content or "") + self._held_back() or None)
         return delta
 
     def add(self, text: str, token_ids: Sequence[int]) -> None:
@@ -88,6 +95,15 @@ class ParsedChoice:
         """How the choice has ended, as the client is told. A call that the client has named itself is no
         reason."""
         return "tool_calls" if reason == "stop" and self._called and not self._named else reason
+
+    def _held_back(self) -> str:
+        """What the whole message has in its content and no delta has shown: the beginning of a call, which a
+        parser keeps to itself, may be all that there ever is of it."""
+        if not self._unseen or isinstance(self._parser, Verbatim):
+            return ""
+        self._parser = self._new_parser()
+        content = self._ask(lambda parser: parser.whole(self._text, self._token_ids)).content or ""
+        return content.removeprefix(self._content) if content.startswith(self._content) else ""
 
     def _ask(self, question: Callable[[Parser], T]) -> T:
         try:

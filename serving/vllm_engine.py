@@ -80,8 +80,9 @@ class VllmEngine:
         self._penalizes: bool
 
     async def start(self) -> None:
-        config = await asyncio.to_thread(_configure, self._settings)
+        config = await asyncio.to_thread(configuration, self._settings)
         self._penalizes = penalties.processor(config) is not None
+        self._grammars = Grammars(config)
         # Blocks until the model is loaded. It has to be made on the loop that it will run on.
         llm = self._llm = AsyncLLM.from_vllm_config(
             config,
@@ -96,7 +97,6 @@ class VllmEngine:
         envs.enable_envs_cache()
         self._tasks = await llm.get_supported_tasks()
         self.context_length = llm.model_config.max_model_len
-        self._grammars = Grammars(config, llm.get_tokenizer())
         self._renderer = Renderer(config, llm.renderer, self._settings, self._grammars)
         await asyncio.to_thread(self._renderer.warm_up)
 
@@ -107,12 +107,12 @@ class VllmEngine:
         llm = self._running
         if llm.errored:
             raise EngineDead("the engine has died")
-        if any(prompt.content.constrained_by for prompt in prompts):
+        if prompts[0].content.constrained_by is not None:
             # Checking a constraint takes vLLM a while.
             choices = await asyncio.to_thread(self._choices, request, prompts)
         else:
             choices = self._choices(request, prompts)
-        stream = self._open(request, sink)
+        stream = self._open(request, prompts, sink)
         sink.accepted()
         try:
             for index, choice in enumerate(choices):
@@ -171,13 +171,14 @@ class VllmEngine:
         except (EngineDead, EngineDeadError):
             log.info("the engine is dead, and so is its request", completion=request_id)
 
-    def _open(self, request: Request, sink: Sink) -> Stream:
+    def _open(self, request: Request, prompts: Sequence[Prompt], sink: Sink) -> Stream:
         if request.id in self._streams:
             raise ValueError(f"a request with the id {request.id!r} is being generated already")
         stream = Stream(
             request,
             sink,
             self._running.get_tokenizer(),
+            constrained_by=prompts[0].content.constrained_by,
             finished=self._streams.pop,
             cancel=self.cancel,
         )
@@ -281,7 +282,8 @@ def engine_arguments(folder: Path, settings: EngineSettings) -> AsyncEngineArgs:
     return AsyncEngineArgs(**arguments, structured_outputs_config=outputs)
 
 
-def _configure(settings: EngineSettings) -> VllmConfig:
+def configuration(settings: EngineSettings) -> VllmConfig:
+    """All that vLLM is told, its model on this machine. Blocks; raises what is wrong with it."""
     folder = resolve(settings.source or "", log.info)
     config = engine_arguments(folder, settings).create_engine_config(UsageContext.OPENAI_API_SERVER)
     if current_platform.is_cpu() and config.scheduler_config.enable_chunked_prefill:

@@ -21,6 +21,7 @@ import structlog
 from vllm.config import VllmConfig
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import StructuredOutputsParams, check_json_nesting
+from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.v1.structured_output.backend_types import StructuredOutputOptions
 from vllm.v1.structured_output.backend_xgrammar import XgrammarBackend
 
@@ -37,9 +38,8 @@ REMEMBERED = 1024
 class Grammars:
     """The trials of one engine, one at a time, in a program that is started with the first."""
 
-    def __init__(self, config: VllmConfig, tokenizer: Any) -> None:
+    def __init__(self, config: VllmConfig) -> None:
         self._config = config
-        self._tokenizer = tokenizer
         self._outputs = config.structured_outputs_config
         # The other backends take bounded time, or are somebody's own choice.
         self._tries = self._outputs.backend == "xgrammar"
@@ -98,8 +98,9 @@ class Grammars:
         return "making a grammar of it takes too much time or memory"
 
     def _start(self) -> subprocess.Popen[bytes]:
+        model = self._config.model_config
         backend = XgrammarBackend(
-            self._config, tokenizer=self._tokenizer, vocab_size=self._config.model_config.get_vocab_size()
+            self._config, tokenizer=cached_tokenizer_from_config(model), vocab_size=model.get_vocab_size()
         )
         # Of any grammar; how it is made of a tokenizer differs from one to the next.
         grammar: Any = backend.compile_grammar(StructuredOutputOptions.JSON_OBJECT, "")

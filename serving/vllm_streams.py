@@ -12,7 +12,7 @@ import structlog
 from vllm.logprobs import LogprobsOnePosition
 from vllm.outputs import PoolingRequestOutput, RequestOutput
 
-from serving.engine import EngineDead, FinishReason, Logprob, Sink, TokenLogprobs
+from serving.engine import EngineDead, FinishReason, Logprob, Refusal, Sink, TokenLogprobs
 from serving.messages import Request
 
 log = structlog.get_logger(__name__)
@@ -24,8 +24,8 @@ class Stream:
     """One request in flight: where its output goes, until its last choice has ended or it is cancelled."""
 
     __slots__ = (
-        *("_begun", "_cached_tokens", "_cancel", "_finished", "_request", "_sink", "_tokenizer"),
-        *("_unfinished", "closed"),
+        *("_begun", "_cached_tokens", "_cancel", "_constrained_by", "_finished", "_request", "_sink"),
+        *("_tokenizer", "_unfinished", "closed"),
     )
 
     def __init__(
@@ -34,16 +34,19 @@ class Stream:
         sink: Sink,
         tokenizer: Any,
         *,
+        constrained_by: str | None,
         finished: Callable[[str], object],
         cancel: Callable[[str], object],
     ) -> None:
-        """`finished` and `cancel` are called with the request's id: the one when its last choice has ended by
+        """`constrained_by` is the request's field that has a constraint put on its answers, if any.
+        `finished` and `cancel` are called with the request's id: the one when its last choice has ended by
         itself, the other when it is given up."""
         self.closed = False
         """Once true, the sink hears nothing more."""
         self._request = request
         self._sink = sink
         self._tokenizer = tokenizer
+        self._constrained_by = constrained_by
         self._finished = finished
         self._cancel = cancel
         self._unfinished = request.sequences
@@ -59,7 +62,7 @@ class Stream:
         completion = output.outputs[0]
         reason = completion.finish_reason
         if reason is not None and reason not in _FINISH_REASONS:
-            self.fail(RuntimeError(f"the engine ended a choice with {reason!r}"))
+            self.fail(self._failure(reason))
             return
         tokens = completion.token_ids
         logprobs = () if completion.logprobs is None else self._logprobs(tokens, completion.logprobs)
@@ -77,6 +80,12 @@ class Stream:
         if not self.closed:
             self._cancel(self._request.id)
             self._sink.fail(error)
+
+    def _failure(self, reason: str) -> Exception:
+        param = self._constrained_by
+        if reason == "error" and param is not None:
+            return Refusal(f"{param}: an answer came to where nothing can follow by its schema", param=param)
+        return RuntimeError(f"the engine ended a choice with {reason!r}")
 
     def _begin(self, prompt: int, output: RequestOutput) -> None:
         self._begun.add(prompt)

@@ -323,6 +323,16 @@ async def test_an_answer_too_long_for_one_piece_is_refused_alone() -> None:
         assert (await beside.answer()).text() == "fine"
 
 
+async def test_a_long_echo_is_no_slow_reader(echo: Deployment) -> None:
+    """A stream that begins with a prompt, many times over, longer than its buffer comes whole to a client that
+    reads."""
+    words = " ".join(["word"] * 6000)
+    body = {"model": "echo", "prompt": words, "echo": True, "n": 60, "max_tokens": 1, "stream": True}
+    answer = await echo.http.post("/v1/completions", json=body)
+    assert answer.text.count(words) == 60
+    assert answer.text.endswith("data: [DONE]\n\n")
+
+
 async def test_a_request_for_giant_words_disturbs_nobody(echo: Deployment) -> None:
     """A body of a few megabytes in one word, many times over, breaks no trunk: a stream beside it ends."""
     beside = await echo.open("a b c", stream=True, max_tokens=2000)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import SecretStr
 
-from router.provider_errors import LEAST_PART, LONGEST_MESSAGE, provider_error, scrubbed
+from router.provider_errors import LEAST_PART, LONGEST_MESSAGE, REFUSAL_BYTES, provider_error, scrubbed
 
 KEY = "sk-proj-AbCdEf0123456789xyz"
 
@@ -51,6 +51,23 @@ def test_words_that_hide_a_key_go_as_a_whole(text: str, left: str) -> None:
         ({"error": "busy"}, "busy", "upstream_error"),
         ({"object": "error", "message": "busy"}, "busy", "upstream_error"),
         ("busy", "busy", "upstream_error"),
+        ({"detail": "busy"}, "busy", "upstream_error"),
+        ({"detail": "busy", "message": "far too busy", "code": "rate_limit"}, "far too busy", "rate_limit"),
+        (
+            {"detail": [{"loc": ["body", "messages", 0], "msg": "too long", "type": "x", "input": {}}]},
+            "body.messages.0: too long",
+            "upstream_error",
+        ),
+        ({"detail": [{"loc": ["a"], "msg": "b"}, {"msg": "c"}]}, "a: b; c", "upstream_error"),
+        (
+            {"detail": [{"loc": ["body", KEY], "msg": f"no {KEY}"}]},
+            "***: no ***",
+            "upstream_error",
+        ),
+        ({"detail": [{"loc": 7, "msg": "b"}]}, "the provider answered with status 429", "upstream_error"),
+        ({"detail": []}, "the provider answered with status 429", "upstream_error"),
+        ({"error": {"message": "busy", "code": KEY}}, "busy", "upstream_error"),
+        ({"error": {"message": "busy", "code": "x" * 101}}, "busy", "upstream_error"),
         ({"error": {"message": " "}}, "the provider answered with status 429", "upstream_error"),
         ({"error": {"message": ["busy"]}}, "the provider answered with status 429", "upstream_error"),
         ({"error": None}, "the provider answered with status 429", "upstream_error"),
@@ -68,3 +85,13 @@ def test_a_long_message_is_cut() -> None:
     """A message has a largest length."""
     body = json.dumps({"error": {"message": "word " * 9000}}).encode()
     assert len(provider_error(500, body, SecretStr(KEY)).message) == LONGEST_MESSAGE
+
+
+@pytest.mark.parametrize("over", [0, 1])
+def test_an_immense_refusal_is_not_looked_at(over: int) -> None:
+    """A refusal is read up to a largest size; of a longer one only the status is told."""
+    body = b'{"error": {"message": "busy", "code": "%b"}}'
+    body %= b"x" * (REFUSAL_BYTES + over - len(body % b""))
+    message = "the provider answered with status 500" if over else "busy"
+    assert len(body) == REFUSAL_BYTES + over
+    assert provider_error(500, body, SecretStr(KEY)).message == message

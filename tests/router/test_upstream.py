@@ -16,6 +16,7 @@ from tests.router.providers import (
     CALLERS_KEY,
     DONE,
     END,
+    HEAD,
     KEY,
     OTHER_KEY,
     USAGE,
@@ -25,6 +26,7 @@ from tests.router.providers import (
     chunked,
     event,
     provider,
+    says,
     usage,
 )
 from tests.waiting import soon, until
@@ -34,6 +36,7 @@ pytestmark = pytest.mark.usefixtures("no_key_in_logs")
 AT_ONCE_S = 5.0
 """Five times the second within which a client that leaves has to free what it held."""
 
+CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"
 
 
@@ -126,6 +129,26 @@ async def test_it_is_listed_as_upstream() -> None:
         assert (await near.http.get("/health")).json()["models"] == {"near": "ready"}
 
 
+@pytest.mark.parametrize("ending", [[DONE], []])
+@pytest.mark.parametrize("missing", [None, 0, 3])
+@pytest.mark.parametrize("path", [CHAT, TEXT])
+async def test_a_stream_is_complete_with_its_last_choice(
+    path: str, missing: int | None, ending: list[bytes]
+) -> None:
+    """Whether a provider says [DONE] or just ends: where each of the choices, of all prompts, has had its end
+    the client is told [DONE], and otherwise that the answer was cut off."""
+    body: dict[str, Any] = {"prompt": ["a", "b"], "n": 2}
+    if path == CHAT:
+        body = {"messages": [{"role": "user", "content": "hi"}], "n": 4}
+    choices = [{"index": index, "finish_reason": "stop"} for index in range(4) if index != missing]
+    events = [event({"choices": [choice]}) for choice in choices]
+    async with asking(says(HEAD, *map(chunked, events + ending), END)) as (_, near):
+        answer = await near.http.post(path, json={"model": "near", "stream": True, **body})
+        assert answer.text.count("finish_reason") == len(choices)
+        assert answer.text.endswith("data: [DONE]\n\n") == (missing is None)
+        assert ("ended before it was complete" in answer.text) == (missing is not None)
+
+
 # ---- what is counted ----------------------------------------------------------------------------------
 
 
@@ -191,6 +214,55 @@ async def test_the_provider_is_asked_what_the_client_asked() -> None:
         assert [each.path for each in one.asked] == ["/v1/chat/completions"] * 3 + ["/v1/completions"]
         assert {each.headers["user-agent"].split("/")[0] for each in one.asked} == {"trunkline"}
         assert len({each.headers["x-request-id"] for each in one.asked}) == 4
+
+
+@pytest.mark.parametrize(
+    ("path", "given", "sent"),
+    [
+        (CHAT, {"max_tokens": 9, "max_completion_tokens": 9}, {"max_completion_tokens": 9}),
+        (CHAT, {"max_tokens": None, "max_completion_tokens": 9}, {"max_completion_tokens": 9}),
+        (CHAT, {"max_tokens": 9, "max_completion_tokens": None}, {"max_tokens": 9}),
+        (
+            TEXT,
+            {"max_tokens": 9, "max_completion_tokens": 8},
+            {"max_tokens": 9, "max_completion_tokens": 8},
+        ),
+    ],
+)
+async def test_a_chat_tells_its_provider_one_name_of_max_tokens(
+    path: str, given: dict[str, int | None], sent: dict[str, int]
+) -> None:
+    """A client may give both names of max_tokens, but there are providers that refuse them together; a text
+    completion has only the one, and the other is a field unknown to us."""
+    async with asking() as (one, near):
+        body = {"prompt": "hi"} if path == TEXT else {"messages": [{"role": "user", "content": "hi"}]}
+        await near.http.post(path, json={"model": "near", **body, **given})
+        assert [each.body for each in one.asked] == [{"model": "echo", **body, **sent}]
+
+
+@pytest.mark.parametrize(
+    ("meaning", "given", "sent"),
+    [
+        ("additive", 0, False),
+        ("additive", -0.0, False),
+        ("additive", None, False),
+        ("additive", 1, True),
+        ("additive", -0.5, True),
+        ("multiplicative", 1, False),
+        ("multiplicative", 1.0, False),
+        ("multiplicative", None, False),
+        ("multiplicative", 1.3, True),
+    ],
+)
+async def test_a_provider_is_not_told_of_a_neutral_repetition_penalty(
+    meaning: str, given: float | None, sent: bool
+) -> None:
+    """Many do not know the field, and it has no effect; any other value goes as it was given."""
+    async with asking(repetition_penalty=meaning) as (one, near):
+        await near.post(request("hi", model="near", repetition_penalty=given))
+        (asked,) = one.asked
+        assert ("repetition_penalty" in asked.body) == sent
+        assert asked.body.get("repetition_penalty", given) == given
 
 
 async def test_a_bad_request_is_never_sent() -> None:

@@ -25,6 +25,7 @@ from pydantic import SecretStr
 from router.backend import Job
 from router.errors import ApiError
 from router.protocol import parse_chat
+from router.relay import MAX_ANSWER
 from router.settings import Limits, ModelTimeouts, UpstreamModel
 from router.upstream import Upstream
 from tests.harness import Deployment, deployed, request
@@ -155,6 +156,7 @@ OF_WHOLE: dict[str, tuple[Behaviour, Told]] = {
 }
 ONE = chunked(chunk("one"))
 BEGUN = "one"
+NUMBERLESS = {"delta": {"content": "all is well"}, "finish_reason": "stop"}
 OF_STREAM: dict[str, tuple[Behaviour, Told]] = {
     "it only keeps the connection alive": (says_and_hangs(HEAD, chunked(b": still here\n\n")), SLOW_START),
     "it hangs in the stream": (
@@ -179,6 +181,10 @@ OF_STREAM: dict[str, tuple[Behaviour, Told]] = {
     "a later event is an error": (
         says_and_hangs(HEAD, ONE, chunked(event({"error": ERROR}))),
         Told(200, "far_busy", "the far end is busy", BEGUN),
+    ),
+    "a later event is an immense error": (
+        says_and_hangs(HEAD, ONE, chunked(event({"error": {**ERROR, "more": "x" * 100_000}}))),
+        Told(200, "upstream_error", "status 502", BEGUN),
     ),
     "an event is no JSON": (
         says_and_hangs(HEAD, ONE, chunked(b"data: nonsense\n\n")),
@@ -220,6 +226,15 @@ OF_STREAM: dict[str, tuple[Behaviour, Told]] = {
             END,
         ),
         WELL,
+    ),
+    "it forgets its [DONE]": (says(HEAD, chunked(chunk("all is well", "stop")), END), WELL),
+    "its choice has no index": (
+        says(HEAD, chunked(chunk("", choices=[NUMBERLESS])), chunked(DONE), END),
+        WELL,
+    ),
+    "its choice has a strange index": (
+        says(HEAD, ONE, chunked(chunk("", choices=[{**NUMBERLESS, "index": [0]}])), chunked(DONE), END),
+        Told(200, *CUT_OFF[1:3], "oneall is well"),
     ),
     "its length is its connection's": (
         says(
@@ -389,7 +404,7 @@ async def test_an_immense_answer_is_refused() -> None:
     async with asking(endless) as (one, near):
         told, _ = await outcome(near, stream=False)
         assert (told.status, told.code) == (502, "upstream_failed")
-        assert "longer than 67108864 bytes" in told.says
+        assert f"longer than {MAX_ANSWER} bytes" in told.says
         await until(lambda: not one.lines, AT_ONCE_S)
 
 

@@ -21,9 +21,9 @@ QUEUE = 32
 ARGUMENTS = {"max_model_len": CONTEXT, "kv_cache_memory_bytes": 256 << 20, "max_num_queued_reqs": QUEUE}
 
 
-def smollm2(folder: Path, **others: Any) -> EngineSettings:
+def smollm2(folder: Path, **engine_args: Any) -> EngineSettings:
     """What makes an engine of the model in a folder."""
-    return EngineSettings(name="smollm2", source=str(folder), engine_args=ARGUMENTS, **others)
+    return EngineSettings(name="smollm2", source=str(folder), engine_args=ARGUMENTS | engine_args)
 
 
 class Recorder:
@@ -180,6 +180,7 @@ async def running(settings: EngineSettings) -> AsyncIterator[Engine]:
         processes += [process for process in engine_processes() if process not in (*others, *processes)]
         await engine.close()
         await until(lambda: not psutil.wait_procs(processes, timeout=0)[1], 20)
-        # vLLM leaves its ZMQ context to the collector, which warns of it; in another file that were an error.
-        gc.collect()
         await engine.close()
+        # vLLM leaves its ZMQ context to the collector, which warns of it; in another file that were an error.
+        vars(engine).clear()
+        gc.collect()

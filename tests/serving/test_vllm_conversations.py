@@ -10,7 +10,7 @@ import pytest_asyncio
 
 from serving.engine import Engine, Parsed, Prompt
 from serving.messages import Chat, Message, NamedTool, ResponseFormat, Sampling, Tool, ToolCall
-from tests.serving import replayed
+from tests.serving import recorder, replayed
 from tests.serving.asking import Recorder, begin, chat, refusal, rendered, running
 
 THOUGHT = "<think>What is asked?</think>"
@@ -23,10 +23,10 @@ ANSWERS = {
     "says": "Paris.",
     "thinks": THOUGHT + "\n\nParis.",
     "only thinks": "<think>What is",
-    "calls": CALL,
     "thinks and calls": THOUGHT + "\n\n" + CALL,
     "thinks, says and calls twice": THOUGHT + "Let me see.\n" + CALL + "\n" + OTHER_CALL,
-    "calls in broken JSON": '<tool_call>\n{"name": "get_weather", "arguments": {"city": \n</tool_call>',
+    "calls in broken JSON": THOUGHT
+    + '<tool_call>\n{"name": "get_weather", "arguments": {"city": \n</tool_call>',
     "has to call": THOUGHT + CALL.replace("\n", ""),
     "has to answer": THOUGHT + '{"city":"Paris"}',
 }
@@ -189,6 +189,18 @@ async def test_a_form_of_the_answer_begins_after_the_reasoning(engine: Engine) -
         assert message == whole(prompt, sink)
         assert message.reasoning == "What is asked?"
         assert list(json.loads(message.content or "")) == ["city"]
+
+
+async def test_a_schema_with_a_dead_end(engine: Engine) -> None:
+    """An answer that no token can go on with ends alone, and the client is told why."""
+    loop = {"$ref": "#/$defs/loop"}
+    form = {"$defs": {"loop": loop}, "type": "object", "properties": {"a": loop}, "required": ["a"]}
+    request = asking("thinks", response_format=ResponseFormat(json.dumps(form)))
+    outlet = await recorder.answer(engine, request)
+    assert outlet.refusal
+    assert (outlet.refusal.status, outlet.refusal.param) == (400, "response_format")
+    assert "nothing can follow" in outlet.refusal.message
+    await heard(engine, asking("thinks"))
 
 
 @pytest.mark.parametrize(("kind", "max_tokens"), [("calls in broken JSON", 200), ("thinks and calls", 25)])

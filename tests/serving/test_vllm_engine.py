@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from time import perf_counter
 
 import pytest
+import pytest_asyncio
 from prometheus_client import REGISTRY
 
 from serving.engine import Engine, EngineDead, FinishReason, Prompt, TokenLogprobs
@@ -273,23 +274,59 @@ async def test_vllm_metrics_stay_on(engine: Engine) -> None:
     assert counted() - before == sink.tokens == 9
 
 
-async def test_death_of_the_engine_core_is_noticed(folder: Path) -> None:
+async def test_the_configuration_wins_over_our_defaults(engine: Engine, folder: Path) -> None:
+    """JSON is compact unless the configuration says how answers are held; its own logits processors stay
+    beside ours."""
+    # They import vLLM, which the engine's making has given its environment.
+    from serving import penalties  # noqa: PLC0415
+    from serving.vllm_engine import configuration, engine_arguments  # noqa: PLC0415
+
+    ours = engine_arguments(folder, smollm2(folder)).structured_outputs_config
+    assert (ours.backend, ours.disable_any_whitespace) == ("xgrammar", True)
+    theirs = smollm2(
+        folder,
+        structured_outputs_config={"backend": "guidance"},
+        logits_processors=["some.module:Processor"],
+    )
+    config = configuration(theirs)
+    outputs = config.structured_outputs_config
+    assert (outputs.backend, outputs.disable_any_whitespace) == ("guidance", False)
+    assert config.model_config.logits_processors == ["some.module:Processor", penalties.processor(config)]
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="package")
+async def mortal(folder: Path) -> AsyncIterator[Engine]:
+    """An engine of its own for what ends it. It guesses tokens ahead, so that vLLM's V1 runner takes no
+    logits processor."""
+    guessing = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
+    async with running(smollm2(folder, speculative_config=guessing)) as engine:
+        yield engine
+
+
+async def test_penalty_is_refused_where_it_cannot_be_applied(mortal: Engine) -> None:
+    """An additive repetition penalty is refused by an engine that would ignore it; no other penalty is."""
+    refused = await refusal(mortal, chat(PARIS, greedy(8, repetition_penalty=0.5)))
+    assert (refused.status, refused.param) == (400, "repetition_penalty")
+    assert "speculative" in refused.message
+    sink = await answer(mortal, chat(PARIS, greedy(8, repetition_factor=1.1, presence_penalty=0.1)))
+    assert sink.text()
+
+
+async def test_death_of_the_engine_core_is_noticed(mortal: Engine) -> None:
     """When the engine core is killed, the engine says that it has died, each request in flight fails once,
     new ones are not taken, and no process is left after `close`."""
-    others = engine_processes()
-    async with running(smollm2(folder)) as mortal:
-        processes = [process for process in engine_processes() if process not in others]
-        dying = asyncio.create_task(mortal.died())
-        sink = await begin(mortal, chat("Tell me a long story.", greedy(1500, n=2, ignore_eos=True)))
-        await sink.until(lambda sink: len(sink.pieces) == 2)
-        assert not dying.done()
+    dying = asyncio.create_task(mortal.died())
+    sink = await begin(mortal, chat("Tell me a long story.", greedy(1500, n=2, ignore_eos=True)))
+    await sink.until(lambda sink: len(sink.pieces) == 2)
+    assert not dying.done()
 
-        (core,) = [process for process in processes if process.ppid() == os.getpid()]
-        core.kill()
-        async with asyncio.timeout(10):
-            assert isinstance(await dying, EngineDead)
-        await sink.until(lambda sink: bool(sink.errors))
-        assert [type(error) for error in sink.errors] == [EngineDead]
-        with pytest.raises(EngineDead):
-            await begin(mortal, chat(PARIS, greedy(1), "late"))
-        assert isinstance(await mortal.died(), EngineDead)
+    # The youngest of this process's own.
+    *_, core = [process for process in engine_processes() if process.ppid() == os.getpid()]
+    core.kill()
+    async with asyncio.timeout(10):
+        assert isinstance(await dying, EngineDead)
+    await sink.until(lambda sink: bool(sink.errors))
+    assert [type(error) for error in sink.errors] == [EngineDead]
+    with pytest.raises(EngineDead):
+        await begin(mortal, chat(PARIS, greedy(1), "late"))
+    assert isinstance(await mortal.died(), EngineDead)
