@@ -15,8 +15,8 @@ from router.provider_errors import provider_error
 from router.sse import EventReader
 
 MAX_ANSWER = 16 * 1024 * 1024
-"""Bytes of a whole answer: each is kept until its end and then read in one go, while all others wait. A hosted
-model's has to fit a frame, which is not much more."""
+"""Bytes of a whole answer, millions of tokens of text: it is kept until its end, and read in one go while all
+other requests wait."""
 
 MAX_EVENT = 8 * 1024 * 1024
 """Bytes of a stream's event."""
@@ -105,8 +105,8 @@ class WholeRelay:
 
 
 class StreamRelay:
-    """An answer as server-sent events. It is complete with [DONE], or where the body ends without it, if every
-    choice has had its end before."""
+    """An answer as server-sent events. It is complete with [DONE], or where the body ends without it, if
+    every choice has had its end before."""
 
     def __init__(self, job: Job, key: SecretStr) -> None:
         self.prompt_tokens = 0

@@ -136,7 +136,7 @@ def request_body(job: Job, upstream_name: str) -> bytes:
     request = job.request
     fields = {name: value for name, value in job.data.items() if value is not None}
     fields["model"] = upstream_name
-    if isinstance(request, ChatRequest) and request.max_completion_tokens is not None:
+    if "max_completion_tokens" in fields:
         fields.pop("max_tokens", None)
     else:
         fields["max_tokens"] = request.max_tokens

@@ -39,6 +39,26 @@ engine seconds for each token."""
 LOOP = 4
 """Pieces that one without a bound counts for: what it costs grows with the square of their number."""
 
+UNHELD = {"not", "if", "then", "else", "dependentRequired", "dependentSchemas", "dependencies"}
+"""Keywords that xgrammar passes over: an answer would only be said to be of such a schema."""
+
+HELD_BY_TYPE = {
+    "minLength": "string",
+    "maxLength": "string",
+    "pattern": "string",
+    "minimum": "number",
+    "maximum": "number",
+    "exclusiveMinimum": "number",
+    "exclusiveMaximum": "number",
+    "minItems": "array",
+    "maxItems": "array",
+    "required": "object",
+}
+"""Keywords that it passes over where the schema does not say the type that they are for."""
+
+_SCHEMA_MAPS = {"properties", "patternProperties", "$defs", "definitions"}
+_DATA = {"const", "enum", "default", "examples"}
+
 READY = b"ready\n"
 
 _PIECES = re.compile(
@@ -85,6 +105,9 @@ def flaw(compiler: xgrammar.GrammarCompiler, trial: Trial) -> str | None:
                 f"the pattern {pattern[:80]!r} has {pieces} pieces with its repetitions written out, and an"
                 f" answer can be held to at most {MOST_PIECES}"
             )
+    passed_over = next(_passed_over(_schemas(trial)), None)
+    if passed_over is not None:
+        return passed_over
     try:
         grammar = _compiled(compiler, trial)
     except (RuntimeError, MemoryError) as error:
@@ -141,6 +164,25 @@ def _patterns(schemas: Any) -> Iterator[str]:
     yield from (pattern for pattern in _found(schemas, "pattern") if isinstance(pattern, str))
     for properties in _found(schemas, "patternProperties"):
         yield from properties
+
+
+def _passed_over(schema: Any) -> Iterator[str]:
+    """What of a schema an answer could not be held to, in words; in all schemas that it is made of."""
+    if isinstance(schema, list):
+        for each in schema:
+            yield from _passed_over(each)
+        return
+    if not isinstance(schema, dict):
+        return
+    for keyword, value in schema.items():
+        if keyword in UNHELD:
+            yield f"an answer cannot be held to {keyword!r}"
+        elif keyword in HELD_BY_TYPE and "type" not in schema:
+            yield f"an answer is held to {keyword!r} only beside a type, such as {HELD_BY_TYPE[keyword]!r}"
+        elif keyword in _SCHEMA_MAPS and isinstance(value, dict):
+            yield from _passed_over(list(value.values()))
+        elif keyword not in _DATA:
+            yield from _passed_over(value)
 
 
 def _found(node: Any, key: str) -> Iterator[Any]:

@@ -81,7 +81,10 @@ class ConversationRenderer:
         constraint = _constraint(request)
         constrained_by = None
         if constraint is not None:
-            constrained_by = "tools" if request.response_format is None else "response_format"
+            # A call that must be made wins over a form of the text.
+            constrained_by = (
+                "tools" if _forced(chat) or request.response_format is None else "response_format"
+            )
             await self._grammars.check(constraint, constrained_by)
         rendered = Rendered(
             content,
@@ -188,7 +191,13 @@ def _said(chat: Chat, words: dict[str, Any]) -> dict[str, Any]:
     choice: Any = chat.tool_choice
     if isinstance(choice, NamedTool):
         choice = {"type": "function", "function": {"name": choice.name}}
-    return request | {"tools": [_tool(tool) for tool in chat.tools], "tool_choice": choice}
+    tools = [_tool(tool, strict=_forced(chat)) for tool in chat.tools]
+    return request | {"tools": tools, "tool_choice": choice}
+
+
+def _forced(chat: Chat) -> bool:
+    """Whether the answer has to be a call."""
+    return bool(chat.tools) and chat.tool_choice not in {"none", "auto"}
 
 
 def _message(message: Message) -> dict[str, Any]:
@@ -210,12 +219,13 @@ def _message(message: Message) -> dict[str, Any]:
     return said | {"role": message.role, "content": message.content}
 
 
-def _tool(tool: Tool) -> dict[str, Any]:
+def _tool(tool: Tool, *, strict: bool) -> dict[str, Any]:
+    """`strict`: its arguments are held to its schema unless the request says otherwise."""
     function: dict[str, Any] = {
         "name": tool.name,
         "description": tool.description,
         "parameters": None if tool.parameters is None else json.loads(tool.parameters),
-        "strict": tool.strict,
+        "strict": tool.strict if tool.strict is not None else strict or None,
     }
     return {
         "type": "function",

@@ -41,12 +41,8 @@ from serving.vllm_streams import Choice, Stream
 
 log = structlog.get_logger(__name__)
 
-DEFAULTS: dict[str, Any] = {
-    # Left to itself vLLM takes the backend of the first request that needs one, and no other can be given
-    # compact JSON. Without that, a small model writes white space until it has no tokens left.
-    "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
-}
-"""Engine arguments where the configuration says nothing."""
+COMPACT_BACKENDS = {"xgrammar", "guidance"}
+"""Those that can be held to JSON without white space."""
 
 CPU_DEFAULTS: dict[str, Any] = {
     # bfloat16 was seen to give wrong text on one CPU and to be no faster on another; compiling takes two
@@ -57,7 +53,10 @@ CPU_DEFAULTS: dict[str, Any] = {
     "kv_cache_memory_bytes": 1 << 30,
     "enable_chunked_prefill": False,
 }
-"""The same on a CPU, beside them."""
+"""Engine arguments on a CPU where the configuration says nothing."""
+
+WORKERS = {"uni", "mp", "ray"}
+"""vLLM's own executors, whose workers run a model."""
 
 CLOSE_TIMEOUT_S = 2.0
 """What the engine core gets to end by itself before it and its workers are killed. It has nothing to save."""
@@ -269,7 +268,7 @@ class _SchedulerListener(StatLoggerBase):
 
 def engine_arguments(folder: Path, settings: EngineSettings) -> AsyncEngineArgs:
     """The configuration's arguments, with this platform's defaults below them and Trunkline's own above."""
-    defaults = DEFAULTS | CPU_DEFAULTS if current_platform.is_cpu() else DEFAULTS
+    defaults = CPU_DEFAULTS if current_platform.is_cpu() else {}
     ours = {
         "model": str(folder),
         "served_model_name": settings.name or settings.source,
@@ -277,16 +276,27 @@ def engine_arguments(folder: Path, settings: EngineSettings) -> AsyncEngineArgs:
         "reasoning_parser": settings.reasoning_parser or "",
     }
     arguments = defaults | settings.engine_args | ours
-    # vLLM sets fields of it, so it cannot stay a dictionary.
-    outputs = StructuredOutputsConfig(**arguments.pop("structured_outputs_config"))
+    outputs = structured_outputs(arguments.pop("structured_outputs_config", {}))
     return AsyncEngineArgs(**arguments, structured_outputs_config=outputs)
+
+
+def structured_outputs(given: dict[str, Any]) -> StructuredOutputsConfig:
+    """What the configuration says of structured output, over our defaults.
+
+    Left to itself vLLM takes the backend of the first request that needs one, and no other can be given
+    compact JSON. Without that, a small model writes white space until it has no tokens left.
+    """
+    backend = given.get("backend", "xgrammar")
+    defaults = {"backend": backend, "disable_any_whitespace": backend in COMPACT_BACKENDS}
+    return StructuredOutputsConfig(**defaults | given)
 
 
 def configuration(settings: EngineSettings) -> VllmConfig:
     """All that vLLM is told, its model on this machine. Blocks; raises what is wrong with it."""
     folder = resolve(settings.source or "", log.info)
     config = engine_arguments(folder, settings).create_engine_config(UsageContext.OPENAI_API_SERVER)
-    if current_platform.is_cpu() and config.scheduler_config.enable_chunked_prefill:
+    workers = config.parallel_config.distributed_executor_backend in WORKERS
+    if current_platform.is_cpu() and workers and config.scheduler_config.enable_chunked_prefill:
         # vLLM 0.32 turns a request's random generator back for each chunk, which those of a CPU cannot do.
         raise ValueError(
             "engine_args.enable_chunked_prefill: must be false or left out on a CPU, where a seeded request"

@@ -41,8 +41,8 @@ class Grammars:
     def __init__(self, config: VllmConfig) -> None:
         self._config = config
         self._outputs = config.structured_outputs_config
-        # The other backends take bounded time, or are somebody's own choice.
-        self._tries = self._outputs.backend == "xgrammar"
+        # The other backends take bounded time, or are somebody's own choice; auto is mostly this one.
+        self._tries = self._outputs.backend in {"xgrammar", "auto"}
         self._thread = ThreadPoolExecutor(1, "grammars")
         self._process: subprocess.Popen[bytes] | None = None
         self._outcomes: dict[bytes, asyncio.Future[str | None]] = {}

@@ -61,7 +61,7 @@ def test_words_that_hide_a_key_go_as_a_whole(text: str, left: str) -> None:
         ({"detail": [{"loc": ["a"], "msg": "b"}, {"msg": "c"}]}, "a: b; c", "upstream_error"),
         (
             {"detail": [{"loc": ["body", KEY], "msg": f"no {KEY}"}]},
-            "***: no ***",
+            "*** no ***",
             "upstream_error",
         ),
         ({"detail": [{"loc": 7, "msg": "b"}]}, "the provider answered with status 429", "upstream_error"),

@@ -149,6 +149,14 @@ async def test_a_stream_is_complete_with_its_last_choice(
         assert ("ended before it was complete" in answer.text) == (missing is not None)
 
 
+async def test_a_choice_without_an_index_is_the_only_one() -> None:
+    """A provider that does not number its only choice has its end noticed."""
+    answer = chunked(event({"choices": [{"delta": {}, "finish_reason": "stop"}]}))
+    async with asking(says(HEAD, answer, chunked(DONE), END)) as (_, near):
+        told = await near.post(request("hi", model="near", stream=True))
+        assert told.text.endswith("data: [DONE]\n\n")
+
+
 # ---- what is counted ----------------------------------------------------------------------------------
 
 
@@ -217,27 +225,22 @@ async def test_the_provider_is_asked_what_the_client_asked() -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "given", "sent"),
+    ("given", "sent"),
     [
-        (CHAT, {"max_tokens": 9, "max_completion_tokens": 9}, {"max_completion_tokens": 9}),
-        (CHAT, {"max_tokens": None, "max_completion_tokens": 9}, {"max_completion_tokens": 9}),
-        (CHAT, {"max_tokens": 9, "max_completion_tokens": None}, {"max_tokens": 9}),
-        (
-            TEXT,
-            {"max_tokens": 9, "max_completion_tokens": 8},
-            {"max_tokens": 9, "max_completion_tokens": 8},
-        ),
+        ({"max_tokens": 9, "max_completion_tokens": 9}, {"max_completion_tokens": 9}),
+        ({"max_tokens": None, "max_completion_tokens": 9}, {"max_completion_tokens": 9}),
+        ({"max_tokens": 9, "max_completion_tokens": None}, {"max_tokens": 9}),
     ],
 )
-async def test_a_chat_tells_its_provider_one_name_of_max_tokens(
-    path: str, given: dict[str, int | None], sent: dict[str, int]
+async def test_a_provider_is_told_one_name_of_max_tokens(
+    given: dict[str, int | None], sent: dict[str, int]
 ) -> None:
-    """A client may give both names of max_tokens, but there are providers that refuse them together; a text
-    completion has only the one, and the other is a field unknown to us."""
+    """A client may give both names of max_tokens, but there are providers that refuse them together."""
     async with asking() as (one, near):
-        body = {"prompt": "hi"} if path == TEXT else {"messages": [{"role": "user", "content": "hi"}]}
-        await near.http.post(path, json={"model": "near", **body, **given})
-        assert [each.body for each in one.asked] == [{"model": "echo", **body, **sent}]
+        asked = request("hi", model="near")
+        asked.pop("max_tokens", None)
+        assert (await near.post(asked | given)).status_code == 200
+        assert [each.body for each in one.asked] == [asked | sent | {"model": "echo"}]
 
 
 @pytest.mark.parametrize(

@@ -152,3 +152,24 @@ def test_schemas_among_other_text(program: Program) -> None:
     assert program.flaw(spec, "structural_tag") is None
     call["json_schema"] = {"type": "string", "pattern": "a{1,999}"}
     assert "999" in (program.flaw(spec, "structural_tag") or "")
+
+
+@pytest.mark.parametrize(
+    ("schema", "keyword"),
+    [
+        ({"not": {}}, "'not'"),
+        ({"type": "object", "properties": {"a": {"if": {}, "then": {}}}}, "'if'"),
+        ({"type": "array", "items": {"minimum": 5}}, "'minimum'"),
+        ({"anyOf": [{"type": "string"}, {"required": ["a"]}]}, "'required'"),
+        ({"$defs": {"a": {"dependentRequired": {}}}, "$ref": "#/$defs/a"}, "'dependentRequired'"),
+    ],
+)
+def test_what_would_be_passed_over_is_a_flaw(program: Program, schema: Any, keyword: str) -> None:
+    """A keyword that no answer would be held to is refused by its name, wherever in a schema it stands."""
+    assert keyword in (program.flaw(schema) or "")
+
+
+def test_names_and_values_are_no_keywords(program: Program) -> None:
+    """A property called like a keyword, and a value that looks like a schema, are neither."""
+    properties = {"not": {"type": "string"}, "required": {"const": {"if": 1, "minimum": 2}}}
+    assert program.flaw({"type": "object", "properties": properties, "required": ["not"]}) is None

@@ -40,6 +40,8 @@ ARGUMENTS = {
     "max_model_len": 512,
     "max_num_seqs": 64,
     "max_num_batched_tokens": STEP_TOKENS,
+    "enable_chunked_prefill": True,
+    "structured_outputs_config": {"disable_any_whitespace": False},
     "block_size": BLOCK,
     # A ninth of what fifty answers and their prompts need.
     "num_gpu_blocks_override": 48,

@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 import pytest
+from jsonschema import Draft202012Validator
 
 from tests.end_to_end.client import Exchange, ask, asking, chat
 from tests.end_to_end.server import Server
@@ -104,10 +105,12 @@ async def assert_well(server: Server, answer: Exchange, param: str) -> None:
 
 @pytest.mark.parametrize("kind", SCHEMAS)
 async def test_a_hostile_schema(server: Server, kind: str) -> None:
-    """A schema that is malformed, deep, recursive or huge is refused in words, or its answer keeps to it as
-    far as it goes."""
+    """A schema that is malformed, deep, recursive or huge is refused in words, or its answer keeps to it; one
+    that was cut by max_tokens as far as it goes."""
     answer = await endured(server, chat(SMOLLM, PARIS, max_tokens=16, temperature=0, **schema(SCHEMAS[kind])))
     await assert_well(server, answer, "response_format")
+    if answer.status == 200 and answer.finish_reason() == "stop":
+        Draft202012Validator(SCHEMAS[kind]).validate(json.loads(answer.text()))
 
 
 async def test_a_schema_deeper_than_json_may_be(server: Server) -> None:
