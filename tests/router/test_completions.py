@@ -324,7 +324,7 @@ async def test_an_answer_too_long_for_one_piece_is_refused_alone() -> None:
 
 
 async def test_a_long_echo_is_no_slow_reader(echo: Deployment) -> None:
-    """A stream that begins with more of its prompt than its buffer holds comes whole to a client that reads."""
+    """A stream that begins with more of its prompt than its buffer holds comes whole to who reads it."""
     words = " ".join(["word"] * 6000)
     body = {"model": "echo", "prompt": words, "echo": True, "n": 60, "max_tokens": 1, "stream": True}
     answer = await echo.http.post("/v1/completions", json=body)
