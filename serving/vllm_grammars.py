@@ -14,6 +14,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -34,6 +35,17 @@ log = structlog.get_logger(__name__)
 REMEMBERED = 1024
 """Trials whose outcome is kept: most schemas come again and again."""
 
+MOST_TRIALS = 64
+"""Schemas that may wait to be tried. Each of them may take as long as a trial may."""
+
+
+@dataclass(slots=True)
+class _Trying:
+    """A trial that is going on or waits for its turn."""
+
+    outcome: asyncio.Future[str | None]
+    waiters: int = 0
+
 
 class Grammars:
     """The trials of one engine, one at a time, in a program that is started with the first."""
@@ -45,7 +57,8 @@ class Grammars:
         self._tries = self._outputs.backend in {"xgrammar", "auto"}
         self._thread = ThreadPoolExecutor(1, "grammars")
         self._process: subprocess.Popen[bytes] | None = None
-        self._outcomes: dict[bytes, asyncio.Future[str | None]] = {}
+        self._trials: dict[bytes, _Trying] = {}
+        self._outcomes: dict[bytes, str | None] = {}
 
     async def check(self, constraint: StructuredOutputsParams, param: str) -> None:
         """Raises Refusal, for the field `param`, where the engine could not hold an answer to this."""
@@ -79,14 +92,31 @@ class Grammars:
     async def _outcome(self, trial: Trial) -> str | None:
         line = msgspec.json.encode(trial)
         key = hashlib.sha256(line).digest()
-        outcome = self._outcomes.get(key)
-        if outcome is None or (outcome.done() and (outcome.cancelled() or outcome.exception())):
-            loop = asyncio.get_running_loop()
-            outcome = self._outcomes[key] = loop.run_in_executor(self._thread, self._try, line)
+        if key not in self._outcomes:
+            self._outcomes[key] = await self._tried(key, line)
             if len(self._outcomes) > REMEMBERED:
                 self._outcomes.pop(next(iter(self._outcomes)))
-        # Others may wait for the same.
-        return await asyncio.shield(outcome)
+        return self._outcomes[key]
+
+    async def _tried(self, key: bytes, line: bytes) -> str | None:
+        """The outcome of a trial that others may wait for too. When the last of them has left, one that has
+        not begun never does."""
+        trying = self._trials.get(key)
+        if trying is None:
+            if len(self._trials) >= MOST_TRIALS:
+                raise Refusal(
+                    f"{len(self._trials)} other schemas wait to be tried", status=429, code="overloaded"
+                )
+            outcome = asyncio.get_running_loop().run_in_executor(self._thread, self._try, line)
+            trying = self._trials[key] = _Trying(outcome)
+        trying.waiters += 1
+        try:
+            return await asyncio.shield(trying.outcome)
+        finally:
+            trying.waiters -= 1
+            if not trying.waiters:
+                del self._trials[key]
+                trying.outcome.cancel()
 
     def _try(self, line: bytes) -> str | None:
         process = self._process or self._start()

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import pytest_asyncio
 
@@ -12,12 +14,16 @@ from serving.engine import Engine, Parsed, Prompt
 from serving.messages import Chat, Message, NamedTool, ResponseFormat, Sampling, Tool, ToolCall
 from tests.serving import recorder, replayed
 from tests.serving.asking import Recorder, begin, chat, refusal, rendered, running
+from tests.waiting import until
 
 THOUGHT = "<think>What is asked?</think>"
 CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris", "days": 3}}\n</tool_call>'
 OTHER_CALL = '<tool_call>\n{"name": "get_time", "arguments": {"city": "Rome"}}\n</tool_call>'
 WEATHER = ("get_weather", {"city": "Paris", "days": 3})
 TIME = ("get_time", {"city": "Rome"})
+
+CPU_S = 10.0
+"""Seconds of processor time that a trial may take."""
 
 ANSWERS = {
     "says": "Paris.",
@@ -281,3 +287,33 @@ async def test_a_tool_that_nobody_could_hold_to(engine: Engine) -> None:
     assert (refused.status, refused.param) == (400, "tools")
     assert "999 pieces" in refused.message
     await rendered(engine, asking("says", tools=(Tool("f", None, evil),)))
+
+
+async def test_schemas_that_nobody_waits_for_are_not_tried(engine: Any) -> None:
+    """When clients with costly schemas have left, who comes after them waits for the one that is being tried
+    at most, and nothing is left of the others."""
+    names = {"type": "integer"}
+    costly = [
+        json.dumps({"type": "object", "properties": {f"{letter}{i}": names for i in range(1500)}})
+        for letter in "abcd"
+    ]
+    asked = [
+        asyncio.create_task(engine.render(asking("has to answer", response_format=ResponseFormat(schema))))
+        for schema in costly
+    ]
+    grammars = engine._grammars
+    await until(lambda: len(grammars._trials) == len(costly) and grammars._process is not None)
+    for task in asked:
+        task.cancel()
+    await asyncio.gather(*asked, return_exceptions=True)
+    assert not grammars._trials
+    before = worked(grammars)
+    fresh = json.dumps({"type": "object", "properties": {"fresh": {"type": "string"}}})
+    await engine.render(asking("has to answer", response_format=ResponseFormat(fresh)))
+    # Less than two of them take.
+    assert worked(grammars) - before < CPU_S
+
+
+def worked(grammars: Any) -> float:
+    """The seconds of processor time that the program which tries schemas has used."""
+    return psutil.Process(grammars._process.pid).cpu_times().user
