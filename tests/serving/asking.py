@@ -161,9 +161,18 @@ async def idle(engine: Engine) -> None:
 
 
 def engine_processes() -> list[psutil.Process]:
-    """This process's children, the oldest first, and theirs, without Python's own."""
+    """This process's living children, the oldest first, and theirs, without Python's own."""
     children = psutil.Process().children(recursive=True)
-    return [child for child in children if "resource_tracker" not in " ".join(child.cmdline())]
+    commands = [(child, _command(child)) for child in children]
+    return [child for child, command in commands if command and "resource_tracker" not in command]
+
+
+def _command(process: psutil.Process) -> str:
+    """How a process was started; nothing of one that is dead, reaped or not."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:  # a zombie is one of them
+        return ""
 
 
 @asynccontextmanager

@@ -275,14 +275,17 @@ async def test_vllm_metrics_stay_on(engine: Engine) -> None:
 
 
 async def test_the_configuration_wins_over_our_defaults(engine: Engine, folder: Path) -> None:
-    """JSON is compact unless the configuration says how answers are held; its own logits processors stay
-    beside ours."""
+    """JSON is compact unless the configuration says that it need not be, which changes nothing else; its own
+    logits processors stay beside ours."""
     # They import vLLM, which the engine's making has given its environment.
     from serving import penalties  # noqa: PLC0415
     from serving.vllm_engine import configuration, engine_arguments  # noqa: PLC0415
 
     ours = engine_arguments(folder, smollm2(folder)).structured_outputs_config
     assert (ours.backend, ours.disable_any_whitespace) == ("xgrammar", True)
+    loose = smollm2(folder, structured_outputs_config={"disable_any_whitespace": False})
+    outputs = engine_arguments(folder, loose).structured_outputs_config
+    assert (outputs.backend, outputs.disable_any_whitespace) == ("xgrammar", False)
     theirs = smollm2(
         folder,
         structured_outputs_config={"backend": "guidance"},
@@ -290,7 +293,7 @@ async def test_the_configuration_wins_over_our_defaults(engine: Engine, folder: 
     )
     config = configuration(theirs)
     outputs = config.structured_outputs_config
-    assert (outputs.backend, outputs.disable_any_whitespace) == ("guidance", False)
+    assert (outputs.backend, outputs.disable_any_whitespace) == ("guidance", True)
     assert config.model_config.logits_processors == ["some.module:Processor", penalties.processor(config)]
 
 
