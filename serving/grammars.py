@@ -177,6 +177,8 @@ def _passed_over(schema: Any) -> Iterator[str]:
     for keyword, value in schema.items():
         if keyword in UNHELD:
             yield f"an answer cannot be held to {keyword!r}"
+        elif keyword == "$ref" and not str(value).startswith("#"):
+            yield f"an answer cannot be held to a schema that is elsewhere: {str(value)[:80]!r}"
         elif keyword in HELD_BY_TYPE and "type" not in schema:
             yield f"an answer is held to {keyword!r} only beside a type, such as {HELD_BY_TYPE[keyword]!r}"
         elif keyword in _SCHEMA_MAPS and isinstance(value, dict):

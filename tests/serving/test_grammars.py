@@ -161,6 +161,10 @@ def test_schemas_among_other_text(program: Program) -> None:
         ({"type": "object", "properties": {"a": {"if": {}, "then": {}}}}, "'if'"),
         ({"type": "array", "items": {"minimum": 5}}, "'minimum'"),
         ({"anyOf": [{"type": "string"}, {"required": ["a"]}]}, "'required'"),
+        (
+            {"items": {"$ref": "http://127.0.0.1:9/schema.json"}, "type": "array"},
+            "'http://127.0.0.1:9/schema.json'",
+        ),
         ({"$defs": {"a": {"dependentRequired": {}}}, "$ref": "#/$defs/a"}, "'dependentRequired'"),
     ],
 )
