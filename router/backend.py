@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
 from pydantic import SecretStr
 
-from router.errors import SlowReader
+from router.errors import ApiError, SlowReader
 from router.protocol import ChatRequest, TextRequest
 from serving import messages
 
@@ -103,3 +105,13 @@ class Backend(Protocol):
 
     async def close(self) -> None:
         """Free everything."""
+
+
+@asynccontextmanager
+async def within(seconds: float, late: ApiError) -> AsyncIterator[None]:
+    """Raises `late` in the block after so many seconds."""
+    try:
+        async with asyncio.timeout(seconds):
+            yield
+    except TimeoutError:
+        raise late from None

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, closing
+from collections.abc import Callable
+from contextlib import closing
 from typing import Any, NamedTuple
 
 import structlog
 from starlette.types import Receive, Scope, Send
 
-from router.backend import Job
+from router.backend import Job, within
 from router.call import Call, ClientLeft
 from router.catalog import Catalog
 from router.errors import ApiError, InternalError, ReplicaLost, ShuttingDown, TotalTimeout, WrongEndpoint
@@ -82,19 +81,9 @@ class Completions:
             role_in_every_chunk=model.settings.stream_role == "every",
         )
         timeouts = model.settings.timeouts
-        async with call.connected(), within(timeouts.total_s):
+        async with call.connected(), within(timeouts.total_s, TotalTimeout(timeouts.total_s)):
             with (
                 closing(await model.admission.admit(request.sequences, timeouts.queue_s)),
                 closing(await model.backend.generate(job, timeouts.queue_s, call.tried)) as stream,
             ):
                 await call.answer(stream)
-
-
-@asynccontextmanager
-async def within(total_s: float) -> AsyncIterator[None]:
-    """Raises TotalTimeout in the block after `total_s` seconds."""
-    try:
-        async with asyncio.timeout(total_s):
-            yield
-    except TimeoutError:
-        raise TotalTimeout(total_s) from None

@@ -5,13 +5,13 @@ under the name that was asked for.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 
 from pydantic import SecretStr
 from pydantic_core import to_json
 
-from router.backend import Job, Kind, Piece, State, Stream
+from router.backend import Job, Kind, Piece, State, Stream, within
 from router.errors import ApiError, FirstTokenTimeout, MissingProviderKey, SlowReader, Stalled, UpstreamFailed
 from router.protocol import ChatRequest
 from router.provider import Answer, Provider
@@ -90,7 +90,7 @@ class UpstreamStream:
         """Returns when there is something to read. Raises ApiError."""
         path = "/chat/completions" if isinstance(self._job.request, ChatRequest) else "/completions"
         seconds = self._timeouts.first_token_s
-        async with _within(seconds, FirstTokenTimeout(seconds)):
+        async with within(seconds, FirstTokenTimeout(seconds)):
             answer = self._answer = await self._provider.post(path, body, self._key, self._job.key)
             if answer.status != 200:
                 raise await self._refusal(answer)
@@ -101,7 +101,7 @@ class UpstreamStream:
     async def read(self) -> Piece:
         seconds = self._timeouts.stall_s
         while (piece := self._relay.take()) is None:
-            async with _within(seconds, Stalled(seconds)):
+            async with within(seconds, Stalled(seconds)):
                 self._relay.feed(await self._answer.read() if self._answer else b"")
         return piece
 
@@ -146,13 +146,3 @@ def request_body(job: Job, upstream_name: str) -> bytes:
         # What was used is always asked for; the relay keeps it from clients that did not ask.
         fields["stream_options"] = {**fields.get("stream_options", {}), "include_usage": True}
     return to_json(fields)
-
-
-@asynccontextmanager
-async def _within(seconds: float, late: ApiError) -> AsyncIterator[None]:
-    """Raises `late` in the block after so many seconds."""
-    try:
-        async with asyncio.timeout(seconds):
-            yield
-    except TimeoutError:
-        raise late from None

@@ -50,14 +50,14 @@ class ParsedChoice:
         self._called = False
         # Text of which no delta has shown anything.
         self._unseen: list[str] = []
-        self._text = ""
-        self._content = ""
+        self._texts: list[str] = []
+        self._contents: list[str] = []
         self._token_ids: list[int] = []
 
     def delta(self, text: str, token_ids: Sequence[int], *, finished: bool) -> Delta:
         """What this adds to the message; it may be nothing yet."""
         self._token_ids += token_ids
-        self._text += text
+        self._texts.append(text)
         delta = self._ask(lambda parser: parser.delta(text, token_ids, finished=finished)) or NOTHING
         if any(delta):
             self._unseen.clear()
@@ -66,7 +66,7 @@ class ParsedChoice:
         if not self._parallel:
             delta = delta._replace(tool_calls=[call for call in delta.tool_calls if call.call == 0])
         self._called = self._called or bool(delta.tool_calls)
-        self._content += delta.content or ""
+        self._contents.append(delta.content or "")
         if finished and not self._called:
             delta = delta._replace(content=(delta.content or "") + self._held_back() or None)
         return delta
@@ -102,8 +102,9 @@ class ParsedChoice:
         if not self._unseen or isinstance(self._parser, Verbatim):
             return ""
         self._parser = self._new_parser()
-        content = self._ask(lambda parser: parser.whole(self._text, self._token_ids)).content or ""
-        return content.removeprefix(self._content) if content.startswith(self._content) else ""
+        text, shown = "".join(self._texts), "".join(self._contents)
+        content = self._ask(lambda parser: parser.whole(text, self._token_ids)).content or ""
+        return content[len(shown) :] if content.startswith(shown) else ""
 
     def _ask(self, question: Callable[[Parser], T]) -> T:
         try:
