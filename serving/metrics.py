@@ -130,7 +130,7 @@ class CounterFamily(Collector):
 
     def collect(self) -> list[Metric]:
         family = self._empty()
-        for labels, counter in list(self._children.items()):  # copied: a scrape may run in a thread
+        for labels, counter in self._children.copy().items():  # at once: a scrape may run in a thread
             family.add_metric(labels, counter.value)
         return [family]
 
@@ -162,7 +162,7 @@ class HistogramFamily(Collector):
 
     def collect(self) -> list[Metric]:
         family = self._empty()
-        for labels, histogram in list(self._children.items()):  # copied: a scrape may run in a thread
+        for labels, histogram in self._children.copy().items():  # at once: a scrape may run in a thread
             buckets = list(zip(self._bounds, accumulate(histogram.counts), strict=True))
             family.add_metric(labels, buckets, histogram.sum)
         return [family]
