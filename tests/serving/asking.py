@@ -162,7 +162,8 @@ async def idle(engine: Engine) -> None:
 
 def engine_processes() -> list[psutil.Process]:
     """This process's living children, the oldest first, and theirs, without Python's own."""
-    children = psutil.Process().children(recursive=True)
+    # Not by their ids, which start again from the lowest when there is no higher one.
+    children = sorted(psutil.Process().children(recursive=True), key=psutil.Process.create_time)
     commands = [(child, _command(child)) for child in children]
     return [child for child, command in commands if command and "resource_tracker" not in command]
 
