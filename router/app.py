@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from router import answers
 from router.admission import Admission
-from router.call import request_id
+from router.call import new_id, request_id
 from router.catalog import Catalog, Model
 from router.completions import ENDPOINTS, Completions
 from router.docs import PAGE_HEADERS, Documentation
@@ -186,7 +186,7 @@ def with_request_id(app: ASGIApp) -> ASGIApp:
     """Put `x-request-id` on every answer of `app`."""
 
     async def labelled(scope: Scope, receive: Receive, send: Send) -> None:
-        identifier = request_id(scope).encode()
+        identifier = (request_id(scope["headers"]) or new_id()).encode()
 
         async def send_labelled(message: Message) -> None:
             if message["type"] == "http.response.start":

@@ -6,9 +6,9 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
+import msgspec
 from pydantic import SecretStr
 
 from router.errors import ApiError, SlowReader
@@ -30,8 +30,12 @@ class Piece(NamedTuple):
     last: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
+Direct = Callable[[bytes, int, float], bool]
+"""Takes a piece that came while its reader had nothing left to take: the bytes, the tokens in them, and when
+it came. Says whether it took it: where it does not, the piece waits for the reader."""
+
+
+class Job(msgspec.Struct, frozen=True):
     """One validated request on its way to whatever answers it."""
 
     key: str
@@ -44,7 +48,7 @@ class Job:
     provider_key: SecretStr | None = None
     """The caller's own key for an upstream provider."""
     role_in_every_chunk: bool = False
-    created: int = field(default_factory=lambda: int(time.time()))
+    created: int = msgspec.field(default_factory=lambda: int(time.time()))
     """Unix seconds."""
 
     def message(self) -> messages.Request:
@@ -62,6 +66,8 @@ class Stream(Protocol):
     overflowed: Callable[[SlowReader], None] | None
     """Told when the stream is given up because it is not read: its reader is held up where `read` cannot
     tell it."""
+    direct: Direct | None
+    """Where pieces may go without waking the reader, once it has read the first. A stream may ignore it."""
 
     @property
     def prompt_tokens(self) -> int:

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import structlog
 from starlette.types import Receive, Scope, Send
 
-from router.backend import Job, within
+from router.backend import Job
 from router.call import Call, ClientLeft
 from router.catalog import Catalog
-from router.errors import ApiError, InternalError, ReplicaLost, ShuttingDown, TotalTimeout, WrongEndpoint
+from router.errors import ApiError, InternalError, ReplicaLost, ShuttingDown, WrongEndpoint
 from router.metrics import RouterMetrics
 from router.protocol import ChatRequest, TextRequest, model_name, parse_chat, parse_text, read_json
 from router.settings import ModelSettings, RouterSettings
@@ -44,8 +44,8 @@ class Completions:
         self._settings = settings
         self._metrics = metrics
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        call = Call(scope, receive, send, self._metrics)
+    async def __call__(self, scope: Scope, receive: Receive, _send: Send) -> None:
+        call = Call(scope, receive, self._metrics)
         try:
             await self._complete(call)
         except ApiError as error:
@@ -81,9 +81,10 @@ class Completions:
             role_in_every_chunk=model.settings.stream_role == "every",
         )
         timeouts = model.settings.timeouts
-        async with call.connected(), within(timeouts.total_s, TotalTimeout(timeouts.total_s)):
-            with (
-                closing(await model.admission.admit(request.sequences, timeouts.queue_s)),
-                closing(await model.backend.generate(job, timeouts.queue_s, call.tried)) as stream,
-            ):
-                await call.answer(stream)
+        with (
+            call.interruptible(timeouts.total_s),
+            closing(await model.admission.admit(request.sequences, timeouts.queue_s)),
+            closing(await model.backend.generate(job, timeouts.queue_s, call.tried)) as stream,
+        ):
+            del data, request, job  # a long conversation need not be held for as long as its answer takes
+            await call.answer(stream)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import socket
 import time
 from pathlib import Path
@@ -32,6 +33,12 @@ STATUS_S = 5.0
 LAST_WORDS_S = 2.0
 """Seconds that clients get to take the error that ends their answers when the drain is over."""
 
+ACCEPTS = 8
+"""Connections that are taken at once, at most: between two takings every stream gets its tokens."""
+
+GARBAGE = 10_000
+"""Objects that may have come and not gone before the youngest are searched for garbage."""
+
 
 class RouterServer:
     """What the router deployment consists of. Clients reach its socket directly, not through Serve."""
@@ -50,8 +57,11 @@ class RouterServer:
             watch(application, replicas.listed) for application, replicas in self._application.hosted.items()
         ]
         self._server = uvicorn_server(self._application, settings.limits, settings.timeouts)
-        self._serving = asyncio.create_task(self._server.serve([listening_socket(settings.listen)]))
+        self._serving = asyncio.create_task(self._server.serve(listeners(settings.listen)))
         self._tasks = [asyncio.create_task(self._tick()), asyncio.create_task(self._watch_states())]
+        # What is there now stays; to search it time and again was a fifth of what a request costs.
+        gc.freeze()
+        gc.set_threshold(GARBAGE)
         log.info("router ready", router=self._id, listen=f"{settings.listen.host}:{settings.listen.port}")
 
     async def check_health(self) -> None:
@@ -119,6 +129,13 @@ async def _ask(handle: DeploymentHandle[Any]) -> list[tuple[str, Exposition]]:
         log.warning("not scraped", deployment=handle.deployment_id.app_name, error=repr(error))
         return []
     return [answer for answer in answers if not isinstance(answer, BaseException)]
+
+
+def listeners(listen: Listen) -> list[socket.socket]:
+    """The router's socket, as often as it may take a connection in one turn of the loop: uvloop's listener
+    takes one."""
+    first = listening_socket(listen)
+    return [first, *(first.dup() for _ in range(ACCEPTS - 1))]
 
 
 def listening_socket(listen: Listen) -> socket.socket:

@@ -47,8 +47,8 @@ def pick(candidates: Collection[C], request: Request) -> C | None:
 
     Looks at every candidate: with more than a few hundred replicas a router should hold a subset.
     """
-    if not candidates:
-        return None
+    if len(candidates) < 2:
+        return next(iter(candidates), None)
     least = min(map(expected_work, candidates))
     equals = [candidate for candidate in candidates if expected_work(candidate) == least]
     if len(equals) == 1:

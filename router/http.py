@@ -1,28 +1,32 @@
-"""The HTTP server: uvicorn, with an end to all that a connection costs, and errors in OpenAI's envelope."""
+"""The HTTP server: uvicorn, with an end to all that a connection costs, errors in OpenAI's envelope, and a
+way for answers that is shorter than ASGI's.
+
+What a token costs a router is mostly its way to the socket. ASGI's is a coroutine, a message and a list of
+pieces for each chunk, and two writes where an answer begins; an `Exchange` writes what the client will read
+straight to the transport, and says whether the client keeps up.
+"""
 
 from __future__ import annotations
 
 import select
 import uuid
 from asyncio import BaseTransport, TimerHandle, Transport
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
-from http import HTTPStatus
 from typing import Any, cast
 
 import structlog
 import uvicorn
 from starlette.types import ASGIApp
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from router.errors import ApiError, HeadersTooLarge, MalformedRequest, RequestTimeout, TooManyConnections
 from router.settings import Limits, Timeouts
 
 log = structlog.get_logger(__name__)
 
-DROP_UNREAD = "trunkline.drop_unread"
-"""Where a request's `scope["state"]` has `Connection.drop_unread`."""
+EXCHANGE = "trunkline.exchange"
+"""Where a request's `scope["state"]` has its `Exchange`."""
 
 GOODBYE_S = 1.0
 """Seconds between a refusal that ends a connection and its end. To close at once would reset the connection
@@ -30,6 +34,8 @@ of a client that is still sending, and it would not see why."""
 
 PEER_S = 0.5
 """Seconds between two looks whether a client that is not being read is still there."""
+
+Headers = Iterable[tuple[bytes, bytes]]
 
 
 def uvicorn_server(application: ASGIApp, limits: Limits, timeouts: Timeouts) -> uvicorn.Server:
@@ -45,6 +51,7 @@ def uvicorn_server(application: ASGIApp, limits: Limits, timeouts: Timeouts) -> 
             lifespan="off",
             log_config=None,
             access_log=False,
+            proxy_headers=False,
             server_header=False,
             timeout_keep_alive=75,
             backlog=4096,
@@ -52,16 +59,139 @@ def uvicorn_server(application: ASGIApp, limits: Limits, timeouts: Timeouts) -> 
     )
 
 
+class Exchange:
+    """One request, and its answer as bytes on the way to the client. What is written after the client has
+    left goes nowhere.
+
+    An answer is one `respond`, or a `begin` and as many `write`s as there are pieces after the first. Between
+    two of them `drain` waits until the client has taken enough; nothing else bounds what waits for it.
+    """
+
+    __slots__ = ("_connection", "_cycle", "_flow", "_transport", "left")
+
+    def __init__(self, connection: Connection) -> None:
+        self.left: Callable[[], None] | None = None
+        """Called where the client leaves before its answer is complete."""
+        self._connection = connection
+        self._cycle = connection.cycle
+        self._flow = connection.flow
+        self._transport = connection.transport
+
+    # The request.
+
+    @property
+    def disconnected(self) -> bool:
+        """Whether nobody waits for the answer."""
+        return self._cycle.disconnected
+
+    def body(self) -> bytes | None:
+        """The request's body, where the whole of it is here."""
+        if self._cycle.more_body:
+            return None
+        self._flow.resume_reading()
+        body, self._cycle.body = self._cycle.body, bytearray()
+        return bytes(body)
+
+    def leave(self) -> None:
+        """The client is gone."""
+        self._cycle.disconnected = True
+        self._cycle.message_event.set()
+        if self.left is not None:
+            self.left()
+
+    @property
+    def answerable(self) -> bool:
+        """Whether the request has come whole, or its answer has begun."""
+        return self._cycle.response_started or not self._cycle.more_body
+
+    def be_last(self) -> None:
+        """Close the connection once the answer is complete."""
+        self._cycle.keep_alive = False
+
+    # The answer.
+
+    def respond(self, status: int, headers: Headers, body: bytes) -> None:
+        """Write a whole answer and how long it is."""
+        if not self._cycle.disconnected:
+            length = (b"content-length", b"%d" % len(body))
+            self._transport.write(self._head(status, (*headers, length)) + body)
+            self._complete()
+
+    def begin(self, status: int, headers: Headers, data: bytes, *, more: bool) -> None:
+        """Write the head of an answer of unknown length, and its first piece."""
+        if not self._cycle.disconnected:
+            head = self._head(status, (*headers, (b"transfer-encoding", b"chunked")))
+            self._transport.write(head + _chunk(data, more=more))
+            if not more:
+                self._complete()
+
+    def write(self, data: bytes, *, more: bool) -> None:
+        """Write the next piece."""
+        if not self._cycle.disconnected:
+            self._transport.write(_chunk(data, more=more))
+            if not more:
+                self._complete()
+
+    def offer(self, data: bytes) -> bool:
+        """Write the next piece, of which more follow, if the client keeps up; whether it does."""
+        if self._flow.write_paused or self._cycle.disconnected:
+            return False
+        self._transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+        return True
+
+    async def drain(self) -> None:
+        """Returns when the client has taken enough of what was written, or has left."""
+        if self._flow.write_paused and not self._cycle.disconnected:
+            await self._flow.drain()
+
+    def drop_unread(self, after_s: float) -> None:
+        """End the connection if the client has not taken all of its last answer after so many seconds."""
+        connection, last = self._connection, self._connection.cycle
+
+        def drop() -> None:
+            if connection.cycle is last and connection.transport.get_write_buffer_size():
+                connection.transport.abort()
+
+        connection.loop.call_later(after_s, drop)
+
+    def _head(self, status: int, headers: Headers) -> bytes:
+        cycle = self._cycle
+        cycle.response_started = True
+        if not cycle.keep_alive:
+            headers = (*headers, (b"connection", b"close"))
+        return _head(status, (*self._connection.server_state.default_headers, *headers))
+
+    def _complete(self) -> None:
+        cycle = self._cycle
+        cycle.response_complete = True
+        if not cycle.keep_alive:
+            self._transport.close()
+        cycle.on_response()
+
+
 class Connection(HttpToolsProtocol):
     """One client's connection. uvicorn sets no end to these, and here they have one: a head that is too long
     or too late, the rest of a body that is answered already, a client that takes nothing of what waits for
     it, and one that has left behind a request that it sent ahead."""
 
+    # More than 30 attributes in an object's dictionary would cost each connection 2 kB.
+    __slots__ = (
+        "_in_head",
+        "_limits",
+        "_may_come",
+        "_refused",
+        "_surplus",
+        "_timeouts",
+        "_timers",
+        "_unanswered",
+        "_unread",
+    )
+
     def __init__(self, *arguments: Any, limits: Limits, timeouts: Timeouts, **named: Any) -> None:
         super().__init__(*arguments, **named)
         self._limits = limits
         self._timeouts = timeouts
-        self._unanswered: deque[RequestResponseCycle] = deque()
+        self._unanswered: list[Exchange] = []
         """Requests whose head has come, in order. The first is being worked on."""
         self._in_head = False
         self._may_come = limits.header_bytes
@@ -72,16 +202,6 @@ class Connection(HttpToolsProtocol):
         self._unread = 0
         """Bytes that waited for the client at the last look."""
         self._timers: dict[Callable[[], None], TimerHandle] = {}
-
-    def drop_unread(self, after_s: float) -> None:
-        """End the connection if the client has not taken all of its last answer after so many seconds."""
-        last = self.cycle
-
-        def drop() -> None:
-            if self.cycle is last and self.transport.get_write_buffer_size():
-                self.transport.abort()
-
-        self.loop.call_later(after_s, drop)
 
     # What the transport calls.
 
@@ -120,7 +240,6 @@ class Connection(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self.scope["state"][DROP_UNREAD] = self.drop_unread
         self._in_head = True
         self._silence(self._late)
 
@@ -129,7 +248,8 @@ class Connection(HttpToolsProtocol):
         self._in_head = False
         self._may_come = self._limits.header_bytes
         self._silence(self._late)
-        self._unanswered.append(self.cycle)
+        exchange = self.scope["state"][EXCHANGE] = Exchange(self)
+        self._unanswered.append(exchange)
         if len(self._unanswered) > 1:
             self._ring_after(PEER_S, self._look_for_peer)
 
@@ -142,7 +262,7 @@ class Connection(HttpToolsProtocol):
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
-        self._unanswered.popleft()
+        del self._unanswered[0]
         super().on_response_complete()
         self._watch_reader()
 
@@ -158,9 +278,9 @@ class Connection(HttpToolsProtocol):
             return
         self._refused = True
         log.info("no request", client=self.client, status=error.status, error=error.code)
-        good = [cycle for cycle in self._unanswered if cycle.response_started or not cycle.more_body]
+        good = [exchange for exchange in self._unanswered if exchange.answerable]
         if good:
-            good[-1].keep_alive = False
+            good[-1].be_last()
             return
         self._leave_unanswered()
         body = error.body()
@@ -172,17 +292,14 @@ class Connection(HttpToolsProtocol):
             (b"x-request-id", uuid.uuid4().hex.encode()),
             *((name.encode(), value.encode()) for name, value in error.headers.items()),
         ]
-        head = b"HTTP/1.1 %d %b\r\n" % (error.status, HTTPStatus(error.status).phrase.encode())
-        lines = b"".join(name + b": " + value + b"\r\n" for name, value in headers)
-        self.transport.write(head + lines + b"\r\n" + body)
+        self.transport.write(_head(error.status, headers) + body)
         self.transport.write_eof()
         self._ring_after(GOODBYE_S, self.transport.abort)
 
     def _leave_unanswered(self) -> None:
         """Let every request know that nobody waits for its answer. uvicorn tells the newest one alone."""
-        for cycle in self._unanswered:
-            cycle.disconnected = True
-            cycle.message_event.set()
+        for exchange in self._unanswered:
+            exchange.leave()
 
     # The clock.
 
@@ -234,3 +351,17 @@ class Connection(HttpToolsProtocol):
                 self.transport.abort()
             else:
                 self._ring_after(PEER_S, self._look_for_peer)
+
+
+def _head(status: int, headers: Headers) -> bytes:
+    lines = [STATUS_LINE[status]]
+    for name, value in headers:
+        lines += name, b": ", value, b"\r\n"
+    lines.append(b"\r\n")
+    return b"".join(lines)
+
+
+def _chunk(data: bytes, *, more: bool) -> bytes:
+    """A piece of a body as HTTP/1.1 sends it; an empty one would be its end."""
+    chunk = b"%x\r\n%b\r\n" % (len(data), data) if data else b""
+    return chunk if more else chunk + b"0\r\n\r\n"

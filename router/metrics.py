@@ -212,13 +212,13 @@ class RequestMetrics:
         changes nothing."""
         if not tokens:
             return
-        model = self._model
+        model, last = self._model, self._last_chunk
+        self._last_chunk = now
         model.generation_tokens.add(tokens)
-        if self._last_chunk is None:
+        if last is None:
             model.ttft.observe(now - self._started)
         else:
-            model.itl.observe(now - self._last_chunk)
-        self._last_chunk = now
+            model.itl.observe(now - last)
 
     def body(self, tokens: int) -> None:
         """A whole answer with so many tokens was handed to the client's socket."""

@@ -238,7 +238,9 @@ class GenerationRequest(BaseModel):
             presence_penalty=self.presence_penalty,
             repetition_penalty=self.repetition_penalty,
             repetition_factor=self.repetition_factor,
-            logit_bias={int(token): bias for token, bias in (self.logit_bias or {}).items()},
+            logit_bias={int(token): bias for token, bias in self.logit_bias.items()}
+            if self.logit_bias
+            else {},
             n=self.n,
             seed=self.seed,
             stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),

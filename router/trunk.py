@@ -1,4 +1,10 @@
-"""The router's end of the trunk: requests out, frames in, one buffer per stream."""
+"""The router's end of the trunk: requests out, frames in, one buffer per stream.
+
+The way of a token: a read brings the frames of one engine step or more, each with pieces for many streams.
+All frames of a read are taken apart first; then each stream hands on, in one piece, what they brought. Where
+its reader waits for that, nothing is ahead of it, and it goes straight to the client's socket: no task wakes.
+Where the reader is busy, because its client is slow, it gathers. Both ways the order is that of the frames.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +16,7 @@ from typing import cast
 
 import structlog
 
-from router.backend import Piece
+from router.backend import Direct, Piece
 from router.errors import FirstTokenTimeout, SlowReader, Stalled, from_refusal
 from router.settings import ModelTimeouts
 from serving import messages
@@ -55,6 +61,7 @@ class Trunk(asyncio.Protocol):
     def __init__(self, options: TrunkOptions) -> None:
         loop = asyncio.get_running_loop()
         self.options = options
+        self.loop = loop
         self.replica = "unknown"
         self.context_length = 0
         self.load = Load()
@@ -69,6 +76,10 @@ class Trunk(asyncio.Protocol):
         self.ready: asyncio.Future[None] = loop.create_future()
         """Done when the two ends have proven themselves to each other."""
         self.closed: asyncio.Future[None] = loop.create_future()
+        self._outgoing = bytearray()
+        """What the loop's next turn writes: the requests of one turn go out together."""
+        self._touched: set[TrunkStream] = set()
+        """Streams that the frames of this read have brought something."""
         self._nonce = nonce()
         self._challenge = b""
         self._reader = FrameReader(messages.HANDSHAKE_LIMIT)
@@ -107,15 +118,22 @@ class Trunk(asyncio.Protocol):
         return stream
 
     def send(self, message: messages.ToReplica) -> None:
-        """Write one message at once."""
+        """Write one message before the loop waits again."""
         frame = messages.encode(message)
         self._spoke = True
         self.options.traffic.sent(len(frame))
-        self.transport.write(frame)
+        if not self._outgoing:
+            self.loop.call_soon(self._flush)
+        self._outgoing += frame
 
     def abort(self) -> None:
         """Drop the connection; its streams are lost."""
         self.transport.abort()
+
+    def _flush(self) -> None:
+        outgoing, self._outgoing = self._outgoing, bytearray()
+        if not self.transport.is_closing():
+            self.transport.write(outgoing)
 
     # What the transport calls.
 
@@ -132,6 +150,10 @@ class Trunk(asyncio.Protocol):
             # ValueError covers what does not decode and what is too long, RecursionError what is too deep.
             log.warning("trunk broken", replica=self.replica, error=str(error))
             self._give_up(HandshakeFailed(str(error)))
+        touched, self._touched = self._touched, set()
+        now = perf_counter()
+        for stream in touched:
+            stream.hand_on(now)
 
     def connection_lost(self, error: Exception | None) -> None:
         if self._beating is not None:
@@ -165,9 +187,15 @@ class Trunk(asyncio.Protocol):
             self.reports += 1
             self.unreported -= self.reportable
             self.reportable = 0
+        streams, touched = self.streams, self._touched
         for event in frame.events:
-            # A stream that was closed here may still have events on the way.
-            if stream := self.streams.get(event.stream):
+            stream = streams.get(event.stream)
+            if stream is None:
+                continue  # closed here while this was on its way
+            touched.add(stream)
+            if type(event) is Chunk:  # nearly all are
+                stream.gather(event.data, event.tokens)
+            else:
                 stream.receive(event)
 
     def _answer(self, challenge: messages.Challenge) -> None:
@@ -195,8 +223,7 @@ class Trunk(asyncio.Protocol):
     # The clock: one timer per trunk looks after the heartbeat and after every stream's time-outs.
 
     def _schedule_beat(self) -> None:
-        loop = asyncio.get_running_loop()
-        self._beating = loop.call_later(self.options.settings.heartbeat_s, self._beat)
+        self._beating = self.loop.call_later(self.options.settings.heartbeat_s, self._beat)
 
     def _beat(self) -> None:
         self._schedule_beat()
@@ -237,6 +264,7 @@ class TrunkStream:
         "_trunk",
         "_waiter",
         "accepted",
+        "direct",
         "overflowed",
         "prompt_tokens",
         "usage",
@@ -250,6 +278,8 @@ class TrunkStream:
         self.overflowed: Callable[[SlowReader], None] | None = None
         """Told when the stream is given up because it is not read: its reader is held up where `read` cannot
         tell it."""
+        self.direct: Direct | None = None
+        """Where pieces go without waking the reader that waits for them."""
         self._trunk = trunk
         self._number = number
         self._sequences = sequences
@@ -288,13 +318,13 @@ class TrunkStream:
         await self._wait()
         if not self._data and self._error is not None:
             raise self._error
-        data = self._data[0] if len(self._data) == 1 else b"".join(self._data)
-        piece = Piece(data, self._tokens, self._ended)
-        self._data, self._size, self._tokens = [], 0, 0
+        piece = Piece(self._joined(), self._tokens, self._ended)
+        self._forget()
         return piece
 
     def close(self) -> None:
         """Leave the trunk; a request that has not ended is cancelled in the engine."""
+        self.direct = self.overflowed = None
         if self._judging is not None:
             self._judging.cancel()
         if self._leave() and not self._ended:
@@ -302,28 +332,43 @@ class TrunkStream:
 
     # What the trunk calls.
 
+    def gather(self, data: bytes, tokens: int) -> None:
+        """Bytes for the client, or nothing but a sign of life. They stay here until `hand_on`."""
+        self._started = True
+        if data:
+            self._data.append(data)
+            self._size += len(data)
+            self._tokens += tokens
+
     def receive(self, event: Event) -> None:
-        """One event of a frame."""
-        self._heard_at = perf_counter()
+        """An event that begins or ends the stream."""
         match event:
-            case Chunk(data=data, tokens=tokens):
-                self._gather(data, tokens)
             case Accepted(prompt_tokens=prompt_tokens):
                 self.accepted = True
                 self.prompt_tokens = prompt_tokens
                 self._reports = self._trunk.reports
                 self._trunk.reportable += self._sequences
-                return
             case Ended(failed=False, data=data, tokens=tokens, usage=usage):
                 self.usage = usage
                 self._ended = True
                 self._leave()
-                self._gather(data, tokens)
+                self.gather(data, tokens)
             case Ended():
                 self.fail(Lost())
             case Refused():
                 self.fail(Leaving() if event.code == messages.DRAINING else from_refusal(event))
-        self._wake()
+
+    def hand_on(self, now: float) -> None:
+        """The frames of one read are taken apart: what they brought goes on, as one piece."""
+        self._heard_at = now
+        if not self._data:
+            return
+        if self._waiter is None or self._waiter.done():
+            self._limit()  # the reader is busy, and finds it afterwards
+        elif self._ended or self.direct is None or not self.direct(self._joined(), self._tokens, now):
+            self._waiter.set_result(None)
+        else:
+            self._forget()
 
     def fail(self, error: Exception) -> None:
         """Nothing more will be received, because of `error`."""
@@ -340,24 +385,28 @@ class TrunkStream:
         elif not self._started and silence > timeouts.first_token_s:
             self._stop(FirstTokenTimeout(timeouts.first_token_s))
 
-    def _gather(self, data: bytes, tokens: int) -> None:
-        self._started = True
-        if data:
-            self._data.append(data)
-            self._size += len(data)
-            self._tokens += tokens
-            if self._size > self._trunk.options.stream_buffer_bytes and self._judging is None:
-                self._judging = asyncio.get_running_loop().call_later(READER_S, self._judge)
+    def _joined(self) -> bytes:
+        return self._data[0] if len(self._data) == 1 else b"".join(self._data)
+
+    def _forget(self) -> None:
+        """What had gathered has been taken."""
+        self._data.clear()
+        self._size = self._tokens = 0
+
+    def _limit(self) -> None:
+        """Where too much has gathered, give the reader a moment to take it."""
+        if self._size > self._trunk.options.stream_buffer_bytes and self._judging is None:
+            self._judging = self._trunk.loop.call_later(READER_S, self._judge)
 
     def _judge(self) -> None:
         """Give the request up if its reader has not taken what is too much."""
         self._judging = None
         limit = self._trunk.options.stream_buffer_bytes
         if self._size > limit and not self._ended and self._error is None:
-            error = SlowReader(limit)
+            error, tell = SlowReader(limit), self.overflowed
             self._stop(error)
-            if self.overflowed is not None:
-                self.overflowed(error)
+            if tell is not None:
+                tell(error)
 
     def _stop(self, error: Exception) -> None:
         """Give the request up from our side: the engine is told, the reader finds `error`."""
@@ -383,5 +432,5 @@ class TrunkStream:
     async def _wait(self) -> None:
         # An ended stream has data until its last piece is read, and is not read after that.
         while not self._data and self._error is None:
-            self._waiter = asyncio.get_running_loop().create_future()
+            self._waiter = self._trunk.loop.create_future()
             await self._waiter

@@ -11,7 +11,7 @@ from contextlib import suppress
 from pydantic import SecretStr
 from pydantic_core import to_json
 
-from router.backend import Job, Kind, Piece, State, Stream, within
+from router.backend import Direct, Job, Kind, Piece, State, Stream, within
 from router.errors import ApiError, FirstTokenTimeout, MissingProviderKey, SlowReader, Stalled, UpstreamFailed
 from router.protocol import ChatRequest
 from router.provider import Answer, Provider
@@ -71,6 +71,7 @@ class UpstreamStream:
     def __init__(self, provider: Provider, job: Job, key: SecretStr, timeouts: ModelTimeouts) -> None:
         self.accepted = False
         self.overflowed: Callable[[SlowReader], None] | None = None
+        self.direct: Direct | None = None
         self._provider = provider
         self._job = job
         self._key = key
@@ -106,6 +107,7 @@ class UpstreamStream:
         return piece
 
     def close(self) -> None:
+        self.overflowed = self.direct = None
         answer, self._answer = self._answer, None
         if answer is None:
             return

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
-from contextlib import suppress
+import traceback
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO
 
 import msgspec
 import structlog
@@ -21,31 +22,45 @@ def configure(role: str, directory: Path | None) -> None:
     if directory is not None:
         directory.mkdir(parents=True, exist_ok=True)
         file = (directory / f"{role}-{os.getpid()}.jsonl").open("ab", buffering=0)
-    encoder = msgspec.json.Encoder(enc_hook=repr)
-    structlog.configure(
-        processors=[
-            structlog.stdlib.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.format_exc_info,
-            lambda _logger, _method, event: encoder.encode({"role": role, **event}),
-        ],
-        logger_factory=structlog.BytesLoggerFactory(cast("BinaryIO", LossyFile(file))),
-        cache_logger_on_first_use=True,
-    )
+    lines = Lines(role, file)
+    structlog.configure(wrapper_class=Logger, logger_factory=lambda *_: lines, cache_logger_on_first_use=True)
 
 
-class LossyFile:
-    """A file that loses what cannot be written: a full disk must not stop the serving."""
+class Lines:
+    """A log's file. What cannot be written is lost: a full disk must not stop the serving."""
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, role: str, file: BinaryIO) -> None:
+        self._role = role
         self._file = file
+        self._encode = msgspec.json.Encoder(enc_hook=repr).encode
 
-    def write(self, line: bytes) -> None:
-        """Write, or not."""
-        with suppress(OSError):
-            self._file.write(line)
-
-    def flush(self) -> None:
-        """Flush, or not."""
-        with suppress(OSError):
+    def write(self, level: str, event: str, fields: dict[str, Any]) -> None:
+        """One line, written out at once."""
+        about = {"timestamp": datetime.now(UTC), "level": level, "role": self._role, "event": event}
+        line = self._encode(about | fields)
+        try:
+            self._file.write(line + b"\n")
             self._file.flush()
+        except OSError:
+            pass
+
+
+class Logger(structlog.BoundLoggerBase):
+    """What modules log with. A chain of structlog's processors would give the same line at more than twice
+    the cost, 11 us, and a router writes one for each request."""
+
+    def info(self, event: str, **fields: Any) -> None:
+        """Something happened that is in order."""
+        self._logger.write("info", event, fields)
+
+    def warning(self, event: str, **fields: Any) -> None:
+        """Something happened that should not."""
+        self._logger.write("warning", event, fields)
+
+    def error(self, event: str, **fields: Any) -> None:
+        """Something failed."""
+        self._logger.write("error", event, fields)
+
+    def exception(self, event: str, **fields: Any) -> None:
+        """Something failed by the exception that is being handled."""
+        self.error(event, **fields, exception=traceback.format_exc().rstrip())

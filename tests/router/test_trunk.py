@@ -236,6 +236,66 @@ async def test_a_reader_that_keeps_up_gets_each_piece_as_it_comes(line: Line) ->
         assert await soon(stream.read()) == Piece(b"%d" % at, 1, last=False)
 
 
+async def test_what_comes_while_the_reader_waits_need_not_wake_it(line: Line) -> None:
+    """A stream with a direct way hands on what one read brings, as one piece and with its tokens, while its
+    reader goes on waiting; the end is the reader's."""
+    stream, number = await line.submit()
+    line.send(Chunk(number, b"a", 1))
+    assert (await soon(stream.read())).data == b"a"
+    direct: list[tuple[bytes, int]] = []
+
+    def take(data: bytes, tokens: int, _: float) -> bool:
+        direct.append((data, tokens))
+        return True
+
+    stream.direct = take
+    reading = asyncio.create_task(stream.read())
+    await asyncio.sleep(0)
+    line.send(Chunk(number, b"b", 1), Chunk(number, b"", 0), Chunk(number, b"c", 2))
+    await until(lambda: direct)
+    line.send(Ended(number, b"d", 1, Usage(3, 5)))
+    assert await soon(reading) == Piece(b"d", 1, last=True)
+    assert direct == [(b"bc", 3)]
+
+
+@settings(max_examples=40)
+@given(steps=st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=12))
+async def test_nothing_overtakes_what_came_before_it(line: Line, steps: list[tuple[bool, bool]]) -> None:
+    """Whether or not there is room for a piece when it comes, and whenever the reader gets to write what it
+    has read, all is written once and in order."""
+    stream, number = await line.submit()
+    written: list[bytes] = []
+    client = asyncio.Event()
+
+    async def read() -> None:
+        last = False
+        while not last:
+            data, _, last = await stream.read()
+            await client.wait()
+            written.append(data)
+
+    reading = asyncio.create_task(read())
+    for at, (room, takes) in enumerate(steps, 1):
+
+        def take(data: bytes, _tokens: int, _now: float, *, room: bool = room) -> bool:
+            if room:
+                written.append(data)
+            return room
+
+        stream.direct = take
+        if takes:
+            client.set()
+        else:
+            client.clear()
+        reports = line.trunk.reports
+        line.send(Chunk(number, b"%d " % at, 1), load=Load(at))
+        await until(lambda reports=reports: line.trunk.reports > reports)  # type: ignore[misc]
+    line.send(Ended(number, b"end", 0, Usage(1, len(steps))))
+    client.set()
+    await soon(reading)
+    assert b"".join(written) == b"".join([*(b"%d " % at for at in range(1, len(steps) + 1)), b"end"])
+
+
 @settings(max_examples=40)
 @given(chunks=st.lists(st.binary(min_size=1, max_size=30), max_size=12), cuts=st.lists(st.integers(1, 60)))
 async def test_frames_arrive_however_they_are_torn(line: Line, chunks: list[bytes], cuts: list[int]) -> None:
