@@ -36,7 +36,7 @@ from router.settings import (
 )
 from serving import source, vllm_arguments
 from serving.echo import EchoArguments
-from serving.settings import EngineSettings, Settings, TrunkSettings
+from serving.settings import EngineSettings, Settings, SimulationSettings, TrunkSettings
 
 __all__ = ["WORKER_ARGUMENTS", "Config", "ConfigError", "ModelConfig", "RayConfig", "describe", "load"]
 
@@ -114,6 +114,13 @@ class ModelConfig(AnswerSettings):
     )
     source: str | None = Field(None, description="A folder, a GGUF file or a hub id; not for echo.")
     engine_args: dict[str, Any] = Field({}, description="The engine's arguments by its own names.")
+    accelerator: Literal["simulated"] | None = Field(
+        None,
+        description="simulated runs all of vLLM but the model, for which it needs neither GPU nor weights.",
+    )
+    simulation: SimulationSettings | None = Field(
+        None, description="The time that a simulated accelerator takes for a step, and what it answers."
+    )
     tool_parser: str | None = Field(
         None, description="vLLM's name for the way in which the model writes calls of functions."
     )
@@ -152,6 +159,11 @@ class ModelConfig(AnswerSettings):
         """The Serve application that holds its replicas: readable, and different for different names."""
         readable = re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")[:40]
         return f"{readable}-{hashlib.sha256(self.name.encode()).hexdigest()[:8]}"
+
+    @property
+    def takes_gpus(self) -> bool:
+        """Whether its replicas run on GPUs where there are any."""
+        return self.engine == "vllm" and self.accelerator is None
 
     @property
     def workers(self) -> int:
@@ -264,8 +276,9 @@ def _row(model: ModelConfig) -> tuple[str, ...]:
     names = ", ".join((model.name, *model.aliases))
     if model.upstream is not None:
         return names, "upstream", model.upstream.base_url, "-", "-"
-    gpus = "auto" if model.gpus is None and model.engine == "vllm" else str(model.gpus or 0)
-    return names, str(model.engine), model.source or "-", str(model.replicas), gpus
+    gpus = "auto" if model.gpus is None and model.takes_gpus else str(model.gpus or 0)
+    engine = " ".join(filter(None, (model.accelerator, model.engine)))
+    return names, engine, model.source or "-", str(model.replicas), gpus
 
 
 def _anchor_sources(data: dict[Any, Any], folder: Path) -> None:
@@ -360,10 +373,12 @@ def _vllm_faults(index: int, model: dict[Any, Any]) -> Iterator[Fault]:
     elif isinstance(given, str):
         yield from _source_faults(index, given)
     arguments = model.get("engine_args", {})
+    simulated = model.get("accelerator") == "simulated"
+    yield from _simulation_faults(index, model, simulated=simulated)
     try:
         if isinstance(arguments, dict):
-            yield from _argument_faults(index, arguments)
-            yield from _worker_faults(index, arguments, model.get("gpus", "auto"))
+            yield from _argument_faults(index, arguments, simulated=simulated)
+            yield from _worker_faults(index, arguments, 0 if simulated else model.get("gpus", "auto"))
         yield from _parser_faults(index, model)
     except vllm_arguments.VllmMissing as error:
         yield fault(field_at("models", index, "engine"), "no_vllm", reason=error)
@@ -385,14 +400,31 @@ def _parser_faults(index: int, model: dict[Any, Any]) -> Iterator[Fault]:
             yield fault(field_at("models", index, kind), "unknown_parser", known=nearest(given, known))
 
 
-def _argument_faults(index: int, arguments: dict[Any, Any]) -> Iterator[Fault]:
+def _simulation_faults(index: int, model: dict[Any, Any], *, simulated: bool) -> Iterator[Fault]:
+    field = field_at("models", index, "simulation")
+    if simulated and model.get("simulation") is None:
+        yield fault(field, "simulation_missing")
+    if not simulated and model.get("simulation") is not None and model.get("accelerator") is None:
+        yield fault(field, "not_simulated")
+    if simulated:
+        yield from _gpu_faults(index, model, "a simulated accelerator")
+
+
+def _gpu_faults(index: int, model: dict[Any, Any], engine: str) -> Iterator[Fault]:
+    """What is wrong with the GPUs of an engine that uses none."""
+    if type(gpus := model.get("gpus", 0)) is int and gpus > 0:
+        yield fault(field_at("models", index, "gpus"), "gpus_unused", engine=engine, value=shown(gpus))
+
+
+def _argument_faults(index: int, arguments: dict[Any, Any], *, simulated: bool) -> Iterator[Fault]:
     known = vllm_arguments.known()
+    reserved = vllm_arguments.RESERVED | (vllm_arguments.RESERVED_BY_SIMULATION if simulated else {})
     for argument in filter(lambda key: isinstance(key, str), arguments):
         field = field_at("models", index, "engine_args", argument)
-        if reason := vllm_arguments.RESERVED.get(argument):
+        if reason := reserved.get(argument):
             yield fault(field, "reserved_argument", reason=reason)
         elif argument not in known:
-            near = nearest(argument, known - vllm_arguments.RESERVED.keys())
+            near = nearest(argument, known - reserved.keys())
             yield fault(field, "unknown_argument", known=near)
 
 
@@ -412,8 +444,10 @@ def _echo_faults(index: int, model: dict[Any, Any]) -> Iterator[Fault]:
     for kind in vllm_arguments.PARSERS:
         if model.get(kind) is not None:
             yield fault(field_at("models", index, kind), "parser_unused")
-    if type(gpus := model.get("gpus", 0)) is int and gpus > 0:
-        yield fault(field_at("models", index, "gpus"), "gpus_unused", value=shown(gpus))
+    for key in ("accelerator", "simulation"):
+        if model.get(key) is not None:
+            yield fault(field_at("models", index, key), "accelerator_unused")
+    yield from _gpu_faults(index, model, "the echo engine")
     arguments = model.get("engine_args", {})
     if isinstance(arguments, dict):
         try:

@@ -51,11 +51,14 @@ WORDING = {
     "no_vllm": "{reason}",
     "unknown_argument": "unknown vLLM engine argument; {known}",
     "unknown_parser": "unknown to vLLM; {known}",
+    "simulation_missing": "required for a simulated accelerator: step_ms, or the device to model",
+    "not_simulated": "given without `accelerator: simulated`",
+    "accelerator_unused": "the echo engine computes nothing; leave it out",
     "parser_unused": "the echo engine calls no tools and does not reason; leave it out",
     "reserved_argument": "cannot be set: {reason}",
     "workers": "expected a whole number of at least 1, got {value}",
     "gpus": "expected auto, 0 or {workers} (what the parallel sizes in engine_args multiply to), got {value}",
-    "gpus_unused": "expected auto or 0, as the echo engine uses none, got {value}",
+    "gpus_unused": "expected auto or 0, as {engine} uses none, got {value}",
 }
 
 

@@ -56,7 +56,7 @@ def gpus_of(model: ModelConfig, gpus_by_node: Sequence[int]) -> int:
 
     A model of several workers is not moved to the CPU by itself: that it needs GPUs was said by its sizes.
     """
-    if model.engine == "echo":
+    if not model.takes_gpus:
         return 0
     if model.gpus is None:
         return model.workers if any(gpus_by_node) or model.workers > 1 else 0

@@ -17,6 +17,8 @@ from serving.settings import Settings
 HOSTED_ONLY = (
     "source",
     "engine_args",
+    "accelerator",
+    "simulation",
     "tool_parser",
     "reasoning_parser",
     "replicas",

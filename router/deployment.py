@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import socket
 import time
 from pathlib import Path
@@ -19,7 +18,7 @@ from router.app import Application
 from router.discovery import watch
 from router.http import uvicorn_server
 from router.settings import Listen, RouterSettings
-from serving import logs
+from serving import garbage, logs
 from serving.exposition import Exposition, merge, render
 
 log = structlog.get_logger(__name__)
@@ -36,9 +35,6 @@ LAST_WORDS_S = 2.0
 ACCEPTS = 8
 """Connections that are taken at once, at most: between two takings every stream gets its tokens."""
 
-GARBAGE = 10_000
-"""Objects that may have come and not gone before the youngest are searched for garbage."""
-
 
 class RouterServer:
     """What the router deployment consists of. Clients reach its socket directly, not through Serve."""
@@ -49,19 +45,18 @@ class RouterServer:
         context = serve.get_replica_context()
         self._id = context.replica_id.unique_id
         self._settings = settings
-        self._application = Application(
-            settings, identity=self._id, secret=secret, registry=REGISTRY, scrape=self.scrape
-        )
-        self._own = serve.get_deployment_handle(context.deployment, context.app_name)
-        self._handles = [
-            watch(application, replicas.listed) for application, replicas in self._application.hosted.items()
-        ]
-        self._server = uvicorn_server(self._application, settings.limits, settings.timeouts)
-        self._serving = asyncio.create_task(self._server.serve(listeners(settings.listen)))
-        self._tasks = [asyncio.create_task(self._tick()), asyncio.create_task(self._watch_states())]
-        # What is there now stays; to search it time and again was a fifth of what a request costs.
-        gc.freeze()
-        gc.set_threshold(GARBAGE)
+        with garbage.starting():
+            self._application = Application(
+                settings, identity=self._id, secret=secret, registry=REGISTRY, scrape=self.scrape
+            )
+            self._own = serve.get_deployment_handle(context.deployment, context.app_name)
+            self._handles = [
+                watch(application, replicas.listed)
+                for application, replicas in self._application.hosted.items()
+            ]
+            self._server = uvicorn_server(self._application, settings.limits, settings.timeouts)
+            self._serving = asyncio.create_task(self._server.serve(listeners(settings.listen)))
+            self._tasks = [asyncio.create_task(self._tick()), asyncio.create_task(self._watch_states())]
         log.info("router ready", router=self._id, listen=f"{settings.listen.host}:{settings.listen.port}")
 
     async def check_health(self) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+from dataclasses import asdict
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import ray
@@ -12,12 +14,13 @@ import structlog
 from prometheus_client import REGISTRY
 from ray import serve
 
-from serving import logs, orphans
+from serving import garbage, logs, orphans
 from serving.engine import Engine, EngineDead
 from serving.engines import build_engine
 from serving.exposition import Exposition, render
 from serving.metrics import ReplicaMetrics
 from serving.settings import EngineSettings, Settings, TrunkSettings
+from serving.simulation.metrics import SimulationMetrics
 from serving.trunk import TrunkServer
 
 log = structlog.get_logger(__name__)
@@ -47,6 +50,7 @@ class ModelServer:
 
     _trunk: TrunkServer | None = None
     _engine: Engine | None = None
+    _simulation: SimulationMetrics | None = None
     _watching: asyncio.Task[None] | None = None
 
     # Serve awaits it, which the type of a constructor has no words for.
@@ -57,15 +61,15 @@ class ModelServer:
         ended = await asyncio.to_thread(orphans.end_orphans)
         orphans.mark()
         log.info("engine starts", model=settings.model, replica=self._id, orphans_ended=ended)
-        self._engine = build_engine(settings.engine)
-        await self._engine.start()
-        metrics = ReplicaMetrics(REGISTRY, settings.model, self._engine.load)
+        with garbage.starting():
+            engine = await self._start_engine(settings)
+        metrics = ReplicaMetrics(REGISTRY, settings.model, engine.load)
         self._trunk = TrunkServer(
-            self._engine, replica=self._id, secret=secret, settings=settings.trunk, traffic=metrics.trunk
+            engine, replica=self._id, secret=secret, settings=settings.trunk, traffic=metrics.trunk
         )
         host = "127.0.0.1" if settings.loopback else ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
         self._address = await self._trunk.start(host)
-        self._watching = asyncio.create_task(self._end_with(self._engine, self._trunk), name="engine watch")
+        self._watching = asyncio.create_task(self._end_with(engine, self._trunk), name="engine watch")
         log.info("replica ready", model=settings.model, replica=self._id, trunk=self._address)
 
     def record_replica_metadata(self) -> dict[str, Any]:
@@ -90,7 +94,23 @@ class ModelServer:
             await self._drain(self._trunk)
         if self._engine is not None:
             await self._engine.close()
+        if self._simulation is not None:
+            run = self._simulation.run()
+            log.info("simulated accelerator ends", **asdict(run), host_bound=run.host_bound)
         log.info("replica ends", replica=self._id)
+
+    async def _start_engine(self, settings: ReplicaSettings) -> Engine:
+        began = perf_counter()
+        engine = settings.engine
+        if engine.simulation is not None:
+            self._simulation = SimulationMetrics(settings.model, REGISTRY)
+            engine = self._simulation.reporting(engine)
+        self._engine = build_engine(engine)
+        built = perf_counter()
+        await self._engine.start()
+        import_s, start_s = built - began, perf_counter() - built
+        log.info("engine ready", replica=self._id, import_s=round(import_s, 3), start_s=round(start_s, 3))
+        return self._engine
 
     async def _drain(self, trunk: TrunkServer) -> None:
         log.info("replica drains", replica=self._id)

@@ -1,7 +1,8 @@
 """A GGUF file, turned once into a folder that vLLM loads, and kept.
 
 The conversion runs in a process of its own (`python -m serving.gguf FILE`): it needs torch and
-transformers, about 2 GB of memory, and whoever asked for it should be left with neither.
+transformers, about 2 GB of memory, and whoever asked for it should be left with neither. For a model that
+nobody computes, `--without-weights` takes a few seconds and keeps config.json and the tokenizer.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ VERSION = 1
 """Raise it when the conversion's result changes: folders of an older version are then no longer used."""
 
 
+_WITHOUT_WEIGHTS = "--without-weights"
+
+
 class ConversionError(Exception):
     """The file could not be converted, and why, in plain words."""
 
@@ -35,18 +39,20 @@ def is_gguf(file: Path) -> bool:
         return stream.read(len(MAGIC)) == MAGIC
 
 
-def converted(file: Path, progress: Callable[[str], None]) -> Path:
-    """The folder made from `file`, converted now if it has not been.
+def converted(file: Path, progress: Callable[[str], None], *, weights: bool = True) -> Path:
+    """The folder made from `file`, converted now if it has not been. Where no weights are asked for, it may
+    have them all the same.
 
     Several processes may ask at once: one converts, the others wait for it. Raises ConversionError.
     """
-    folder = folder_of(file)
+    whole = folder_of(file)
+    folder = whole if weights or whole.is_dir() else folder_of(file, weights=False)
     if not folder.is_dir():
-        _run_child(file, progress)
+        _run_child(file, progress, weights=weights)
     return folder
 
 
-def folder_of(file: Path) -> Path:
+def folder_of(file: Path, *, weights: bool = True) -> Path:
     """Where the conversion of `file` is kept, whether or not it is there yet.
 
     The name holds a digest of the content, so a changed file is never taken for the old one. Reading it
@@ -54,7 +60,8 @@ def folder_of(file: Path) -> Path:
     """
     with file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    return _cache() / "gguf" / f"{file.stem}-{digest[:12]}-v{VERSION}"
+    kind = "" if weights else "-without-weights"
+    return _cache() / "gguf" / f"{file.stem}-{digest[:12]}-v{VERSION}{kind}"
 
 
 def _cache() -> Path:
@@ -65,8 +72,10 @@ def _cache() -> Path:
     return Path.home() / ".cache" / "trunkline"
 
 
-def _run_child(file: Path, progress: Callable[[str], None]) -> None:
+def _run_child(file: Path, progress: Callable[[str], None], *, weights: bool) -> None:
     command = [sys.executable, "-m", "serving.gguf", str(file)]
+    if not weights:
+        command.append(_WITHOUT_WEIGHTS)
     with (
         tempfile.TemporaryFile("w+") as complaints,
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=complaints, text=True) as child,  # noqa: S603 - ourselves
@@ -84,16 +93,16 @@ def _run_child(file: Path, progress: Callable[[str], None]) -> None:
             raise ConversionError(f"the conversion failed: {reason}")
 
 
-def convert(file: Path, progress: Callable[[str], None]) -> Path:
+def convert(file: Path, progress: Callable[[str], None], *, weights: bool = True) -> Path:
     """Convert in this process, unless another has done it or is doing it, and return the folder."""
-    folder = folder_of(file)
+    folder = folder_of(file, weights=weights)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _locked(folder.with_name(f".{folder.name}.lock"), file, progress):
         if not folder.is_dir():
             partial = folder.with_name(f".{folder.name}.partial")
             # Left by a conversion that was killed; the lock says that nobody is at it any more.
             shutil.rmtree(partial, ignore_errors=True)
-            _write(file, partial, progress)
+            (_write if weights else _describe)(file, partial, progress)
             partial.rename(folder)
     return folder
 
@@ -139,6 +148,19 @@ def _write(file: Path, folder: Path, progress: Callable[[str], None]) -> None:
     tokenizer.save_pretrained(folder)
 
 
+def _describe(file: Path, folder: Path, progress: Callable[[str], None]) -> None:
+    progress(f"reading config and tokenizer of {file.name}, once")
+    from transformers import AutoConfig, AutoTokenizer  # noqa: PLC0415 - as above
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES  # noqa: PLC0415
+
+    config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+    # What a model says of itself when it is saved.
+    config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
+    config.dtype = "float16"
+    config.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
+
+
 class _BarsAsSentences(io.TextIOBase):
     """A standard error on which transformers draws bars, its only way to say how far it is."""
 
@@ -168,4 +190,4 @@ def _say(sentence: str) -> None:
 
 
 if __name__ == "__main__":
-    convert(Path(sys.argv[1]), _say)
+    convert(Path(sys.argv[1]), _say, weights=_WITHOUT_WEIGHTS not in sys.argv[2:])

@@ -76,6 +76,41 @@ TRUNK_BYTES = Definition(
     "Bytes of the frames sent over trunks, their lengths included; counted by the sender alone.",
 )
 
+SIMULATED_STEPS = Definition(
+    "trunkline_simulated_steps_total", "counter", "steps", ("model",), "Steps of a simulated accelerator."
+)
+SIMULATED_BUSY = Definition(
+    "trunkline_simulated_busy_seconds_total",
+    "counter",
+    "seconds",
+    ("model",),
+    "Modelled time for which a simulated accelerator was at work.",
+)
+SIMULATED_LATE_STEPS = Definition(
+    "trunkline_simulated_late_steps_total",
+    "counter",
+    "steps",
+    ("model",),
+    "Missed deadlines: steps that the host handed over after a simulated accelerator had run dry.",
+)
+SIMULATED_LATE = Definition(
+    "trunkline_simulated_late_seconds_total",
+    "counter",
+    "seconds",
+    ("model",),
+    "Time for which a simulated accelerator stood still because of these.",
+)
+SIMULATED_IDLE = Definition(
+    "trunkline_simulated_idle_seconds_total",
+    "counter",
+    "seconds",
+    ("model",),
+    "Time for which a simulated accelerator stood still between two steps with nothing left to do.",
+)
+
+SIMULATION_METRICS = (SIMULATED_STEPS, SIMULATED_BUSY, SIMULATED_LATE_STEPS, SIMULATED_LATE, SIMULATED_IDLE)
+"""Those of a replica whose accelerator is simulated, beside REPLICA_METRICS."""
+
 REPLICA_METRICS = (KV_CACHE_USAGE, REPLICA_RUNNING, REPLICA_WAITING, TRUNK_FRAMES, TRUNK_BYTES)
 """Every metric of a replica beside its engine's own (`vllm:*`) and its process's (`process_*`, ...)."""
 

@@ -34,6 +34,36 @@ class TrunkSettings(Settings):
         return self
 
 
+class SimulationSettings(Settings):
+    """What a simulated accelerator takes for a step, and what it says."""
+
+    step_ms: float | None = Field(
+        None, ge=0, allow_inf_nan=False, description="Milliseconds that every step takes; or `device`."
+    )
+    device: Literal["H100", "H200", "A100", "L4"] | None = Field(
+        None,
+        description="The accelerator whose arithmetic, memory traffic and memory are modelled; or `step_ms`.",
+    )
+    async_scheduling: bool = Field(
+        True,
+        description="Whether the host plans a step while the one before it runs, as vLLM does on GPUs;"
+        " engine_args.async_scheduling has no effect here.",
+    )
+    answers: list[str] | None = Field(
+        None,
+        min_length=1,
+        description="What is answered: the seed of a request, modulo their number, is the place of its answer"
+        " among them, from 0; without a seed it is the first. Left out, answers are prose that begins at a"
+        " sentence which the seed chooses and goes on for as long as the request allows.",
+    )
+
+    @model_validator(mode="after")
+    def _priced_once(self) -> Self:
+        if (self.step_ms is None) == (self.device is None):
+            raise ValueError("exactly one of step_ms and device")
+        return self
+
+
 class EngineSettings(Settings):
     """One model's engine."""
 
@@ -50,6 +80,13 @@ class EngineSettings(Settings):
     engine_args: dict[str, Any] = Field(
         default_factory=dict,
         description="The engine's arguments: those of vLLM under their own names, or those of echo.",
+    )
+    accelerator: Literal["simulated"] | None = Field(
+        None,
+        description="simulated is vLLM without workers: steps take modelled time, and no weights are needed.",
+    )
+    simulation: SimulationSettings | None = Field(
+        None, description="What a simulated accelerator takes for a step, and what it answers."
     )
     tool_parser: str | None = Field(
         None,
@@ -68,6 +105,14 @@ class EngineSettings(Settings):
             value = getattr(self, name)
             if self.engine != "vllm" and value is not None:
                 raise ValueError(f"{name}: {value!r} is given, but the engine {self.engine} parses nothing")
+        return self
+
+    @model_validator(mode="after")
+    def _simulation_fits_engine(self) -> Self:
+        if self.engine != "vllm" and self.accelerator is not None:
+            raise ValueError(f"accelerator: simulated is given, but the engine {self.engine} has none")
+        if (self.accelerator is None) != (self.simulation is None):
+            raise ValueError("accelerator: simulated and simulation together, or neither")
         return self
 
     @model_validator(mode="after")

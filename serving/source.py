@@ -54,19 +54,20 @@ def check(source: str) -> None:
         _check_path(_path(source))
 
 
-def resolve(source: str, progress: Callable[[str], None]) -> Path:
-    """The folder that vLLM loads, downloaded or converted where need be, which may take minutes.
+def resolve(source: str, progress: Callable[[str], None], *, weights: bool = True) -> Path:
+    """The folder that vLLM loads, downloaded or converted where need be, which may take minutes, or without
+    `weights` seconds.
 
     `progress` is called with plain sentences meanwhile. Raises SourceError.
     """
     check(source)
     if kind(source) == "hub":
-        return _download(source, progress)
+        return _download(source, progress, weights=weights)
     path = _path(source)
     if path.is_dir():
         return path
     try:
-        return gguf.converted(path, progress)
+        return gguf.converted(path, progress, weights=weights)
     except gguf.ConversionError as error:
         raise SourceError(f"source {source!r}: {error}") from error
 
@@ -135,14 +136,14 @@ def _hub_id(source: str) -> tuple[str, str | None]:
     return match["name"], match["revision"]
 
 
-def _download(source: str, progress: Callable[[str], None]) -> Path:
+def _download(source: str, progress: Callable[[str], None], *, weights: bool) -> Path:
     from huggingface_hub import errors  # noqa: PLC0415 - slow, and for the hub only
 
     name, revision = _hub_id(source)
     progress(f"fetching {source} from the model hub, or from its local cache")
     try:
-        folder = _snapshot(name, revision, [*_NOT_WEIGHTS, _WEIGHTS])
-        if not any(folder.glob(_WEIGHTS)):
+        folder = _snapshot(name, revision, [*_NOT_WEIGHTS, _WEIGHTS] if weights else _NOT_WEIGHTS)
+        if weights and not any(folder.glob(_WEIGHTS)):
             folder = _snapshot(name, revision, [*_NOT_WEIGHTS, _OLD_WEIGHTS])
     except errors.GatedRepoError as error:
         raise SourceError(

@@ -217,19 +217,12 @@ class Connection(asyncio.Protocol):
         self._server.traffic.sent(len(frame))
         self.transport.write(frame)
 
-    def emit(self, event: Event) -> None:
-        """Send an event with the next frame."""
+    def emit(self, event: Event, size: int = 0) -> None:
+        """Send an event, which has `size` bytes for a client, with the next frame."""
         self._events.append(event)
+        self._gathered += size
         if not self._flush_scheduled:
             self._schedule_flush()
-
-    def gathered(self, size: int) -> None:
-        """Count `size` bytes that wait for the next frame; a router that never reads is given up."""
-        self._gathered += size
-        if self._paused and self._gathered > GATHERED_LIMIT:
-            log.warning("trunk given up: the router does not read", router=self.router, bytes=self._gathered)
-            self._events.clear()
-            self.abort()
 
     def forget(self, stream: int) -> None:
         """The stream has ended."""
@@ -273,12 +266,22 @@ class Connection(asyncio.Protocol):
 
     def _flush(self) -> None:
         self._flush_scheduled = False
-        if self._paused or self._finished or not self._events or self.transport.is_closing():
+        if self._paused:
+            self._judge_reader()
+            return
+        if self._finished or not self._events or self.transport.is_closing():
             return
         events, self._events = self._events, []
         size, self._gathered = self._gathered, 0
         for part in [events] if size <= FRAME_DATA else _frames(events):
             self.send(Frame(part, self._changed_load()))
+
+    def _judge_reader(self) -> None:
+        """Give up a router that never reads."""
+        if self._gathered > GATHERED_LIMIT:
+            log.warning("trunk given up: the router does not read", router=self.router, bytes=self._gathered)
+            self._events.clear()
+            self.abort()
 
     def _report_load(self) -> bool:
         load = self._changed_load()
@@ -351,13 +354,11 @@ class ReplicaStream:
 
     def chunk(self, data: bytes, tokens: int) -> None:
         if not self._closed:
-            self._connection.emit(Chunk(self._stream, data, tokens))
-            self._connection.gathered(len(data))
+            self._connection.emit(Chunk(self._stream, data, tokens), len(data))
 
     def ended(self, data: bytes, tokens: int, usage: Usage, *, failed: bool = False) -> None:
         if not self._closed:
-            self._connection.emit(Ended(self._stream, data, tokens, usage, failed))
-            self._connection.gathered(len(data))
+            self._connection.emit(Ended(self._stream, data, tokens, usage, failed), len(data))
             self._close()
 
     def _close(self) -> None:

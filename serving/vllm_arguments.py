@@ -25,6 +25,16 @@ RESERVED = {
 }
 """Arguments that are not the configuration's to set, and why."""
 
+RESERVED_BY_SIMULATION = {
+    "distributed_executor_backend": "a simulated accelerator has no workers",
+    "additional_config": "the model's `simulation` says it",
+    "async_scheduling": "the model's `simulation` says it",
+    "pipeline_parallel_size": "a simulated accelerator does not model it",
+    "prefill_context_parallel_size": "a simulated accelerator does not model it",
+    "data_parallel_size": "a simulated accelerator does not model it; `replicas` are there for it",
+}
+"""Those that are not the configuration's to set where the accelerator is simulated, and why."""
+
 Parsers = Literal["tool_parser", "reasoning_parser"]
 
 PARSERS: dict[Parsers, tuple[str, str]] = {

@@ -20,7 +20,6 @@ from vllm.config import StructuredOutputsConfig, VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.exceptions import GracefulHTTPError, VLLMClientError
 from vllm.platforms import current_platform
-from vllm.tasks import SupportedTask
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -29,14 +28,17 @@ from vllm.v1.engine.output_processor import RequestOutputCollector
 from vllm.v1.metrics.loggers import StatLoggerBase
 from vllm.v1.metrics.stats import IterationStats, MultiModalCacheStats, SchedulerStats
 
-from serving import penalties
+from serving import penalties, vllm_mailbox
 from serving.engine import EngineDead, Prompt, Refusal, Sink, fit
-from serving.messages import Load, Request, Sampling, Text
+from serving.messages import Load, Request, Text
 from serving.settings import EngineSettings
+from serving.simulation.executor import SimulatedExecutor
 from serving.source import resolve
 from serving.vllm_grammars import Grammars
+from serving.vllm_metrics import Statistics
+from serving.vllm_outputs import Llm
 from serving.vllm_rendering import Renderer
-from serving.vllm_requests import Rendered, choice_request, sampling_params, sampling_refusal
+from serving.vllm_requests import Requests, sampling_refusal
 from serving.vllm_streams import Choice, Stream
 
 log = structlog.get_logger(__name__)
@@ -54,6 +56,12 @@ CPU_DEFAULTS: dict[str, Any] = {
     "enable_chunked_prefill": False,
 }
 """Engine arguments on a CPU where the configuration says nothing."""
+
+SIMULATION_DEFAULTS: dict[str, Any] = {
+    # As on a GPU; the CPU's own would be 128.
+    "block_size": 16,
+}
+"""Engine arguments of a simulated accelerator where the configuration says nothing."""
 
 WORKERS = {"uni", "mp", "ray"}
 """vLLM's own executors, whose workers run a model."""
@@ -75,7 +83,7 @@ class VllmEngine:
         self._outputs: asyncio.Task[Any]
         self._grammars: Grammars
         self._renderer: Renderer
-        self._tasks: tuple[SupportedTask, ...]
+        self._requests: Requests
         self._penalizes: bool
 
     async def start(self) -> None:
@@ -83,18 +91,20 @@ class VllmEngine:
         self._penalizes = penalties.processor(config) is not None
         self._grammars = Grammars(config)
         # Blocks until the model is loaded. It has to be made on the loop that it will run on.
-        llm = self._llm = AsyncLLM.from_vllm_config(
+        llm = Llm.from_vllm_config(
             config,
             usage_context=UsageContext.OPENAI_API_SERVER,
-            stat_loggers=[self._gauge.listener],
-            # Of vLLM's own listeners this ends the one that writes text; Prometheus stays.
+            stat_loggers=[self._gauge.listener, Statistics],
+            # Ends vLLM's own listener that writes text.
             disable_log_stats=True,
         )
+        vllm_mailbox.install(llm.engine_core)
+        self._llm = llm
         assert llm.output_handler is not None  # noqa: S101 - vLLM starts it where a loop runs
         self._outputs = llm.output_handler
         # vLLM asks for several settings per token, and until now each is a look into the environment.
         envs.enable_envs_cache()
-        self._tasks = await llm.get_supported_tasks()
+        self._requests = Requests(llm.input_processor, await llm.get_supported_tasks())
         self.context_length = llm.model_config.max_model_len
         self._renderer = Renderer(config, llm.renderer, self._settings, self._grammars)
         await asyncio.to_thread(self._renderer.warm_up)
@@ -115,7 +125,7 @@ class VllmEngine:
         sink.accepted()
         try:
             for index, choice in enumerate(choices):
-                # vLLM asks nothing of a queue but `put`.
+                # vLLM asks nothing of a queue but `put`, and `Outputs` but what a Choice has.
                 queue = cast("RequestOutputCollector", Choice(stream, index))
                 llm.output_processor.add_request(choice, None, None, index, queue)
             for choice in choices:
@@ -185,9 +195,7 @@ class VllmEngine:
         return stream
 
     def _choices(self, request: Request, prompts: Sequence[Prompt]) -> list[EngineCoreRequest]:
-        """One engine request for each choice; vLLM's own fan-out refuses temperature 0, and its seeds do
-        not wrap. Raises Refusal.
-        """
+        """One engine request for each choice of each prompt. Raises Refusal."""
         if request.sampling.repetition_penalty and not self._penalizes:
             raise Refusal(
                 "repetition_penalty: this model's engine cannot apply it, as with speculative decoding; only"
@@ -201,7 +209,7 @@ class VllmEngine:
             return [
                 choice
                 for prompt in prompts
-                for choice in self._choices_of(
+                for choice in self._requests.choices(
                     request, prompt.content, fit(request.sampling, prompt, self.context_length, param=param)
                 )
             ]
@@ -209,20 +217,6 @@ class VllmEngine:
             raise sampling_refusal(error, prompts[0].content.constrained_by) from error
         except GracefulHTTPError as error:
             raise Refusal(error.message, status=error.http_status) from error
-
-    def _choices_of(self, request: Request, prompt: Rendered, sampling: Sampling) -> list[EngineCoreRequest]:
-        params = sampling_params(
-            sampling,
-            logprobs=request.logprobs,
-            prompt_logprobs=request.logprobs if isinstance(request, Text) and request.echo else None,
-            **prompt.sampling,
-        )
-        asked = self._running.input_processor.process_inputs(
-            request.id, prompt.input, params, supported_tasks=self._tasks
-        )
-        for name, value in prompt.reasoning.items():
-            setattr(asked, name, value)
-        return [choice_request(asked, sampling, choice) for choice in range(sampling.n)]
 
 
 class LoadGauge:
@@ -269,13 +263,20 @@ class _SchedulerListener(StatLoggerBase):
 def engine_arguments(folder: Path, settings: EngineSettings) -> AsyncEngineArgs:
     """The configuration's arguments, with this platform's defaults below them and Trunkline's own above."""
     defaults = CPU_DEFAULTS if current_platform.is_cpu() else {}
+    simulation: dict[str, Any] = {}
+    if settings.simulation is not None:
+        defaults = SIMULATION_DEFAULTS
+        simulation = {
+            "distributed_executor_backend": SimulatedExecutor,
+            "additional_config": {"simulation": settings.simulation.model_dump()},
+        }
     ours = {
         "model": str(folder),
         "served_model_name": settings.name or settings.source,
         "generation_config": "vllm",
         "reasoning_parser": settings.reasoning_parser or "",
     }
-    arguments = defaults | settings.engine_args | ours
+    arguments = defaults | settings.engine_args | simulation | ours
     outputs = structured_outputs(arguments.pop("structured_outputs_config", {}))
     return AsyncEngineArgs(**arguments, structured_outputs_config=outputs)
 
@@ -293,7 +294,7 @@ def structured_outputs(given: dict[str, Any]) -> StructuredOutputsConfig:
 
 def configuration(settings: EngineSettings) -> VllmConfig:
     """All that vLLM is told, its model on this machine. Blocks; raises what is wrong with it."""
-    folder = resolve(settings.source or "", log.info)
+    folder = resolve(settings.source or "", log.info, weights=settings.simulation is None)
     config = engine_arguments(folder, settings).create_engine_config(UsageContext.OPENAI_API_SERVER)
     workers = config.parallel_config.distributed_executor_backend in WORKERS
     if current_platform.is_cpu() and workers and config.scheduler_config.enable_chunked_prefill:

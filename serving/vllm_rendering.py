@@ -1,4 +1,4 @@
-"""Requests to prompts, off the event loop: the plain ones here, the others in `serving.vllm_conversations`.
+"""Requests to prompts: the plain ones here, the others in `serving.vllm_conversations`.
 
 Import this module only through `serving.engines`, which sets the environment first.
 """
@@ -11,6 +11,7 @@ from typing import Any
 
 from vllm.config import VllmConfig
 from vllm.exceptions import VLLMValidationError
+from vllm.inputs import tokens_input
 from vllm.renderers import BaseRenderer, ChatParams
 from vllm.renderers.chat_utils import ChatTemplateResolutionError
 from vllm.renderers.inputs.preprocess import parse_model_prompt
@@ -22,6 +23,7 @@ from serving.settings import EngineSettings
 from serving.vllm_conversations import ConversationRenderer
 from serving.vllm_grammars import Grammars
 from serving.vllm_requests import COUNTED_CONTEXTS, Rendered, prompt_refusal
+from serving.vllm_shortcut import Shortcut, said
 
 
 class Renderer:
@@ -67,24 +69,25 @@ class PlainRenderer:
         self._context_length = config.model_config.max_model_len
         # A template gives text, which is then tokenized; Mistral's tokenizers give tokens at once.
         tokenize = is_mistral_tokenizer(renderer.tokenizer)
-        self._template = ChatParams(
-            chat_template_kwargs={"add_generation_prompt": True, "tokenize": tokenize}
-        )
+        self.template = ChatParams(chat_template_kwargs={"add_generation_prompt": True, "tokenize": tokenize})
         counted = COUNTED_CONTEXTS * self._context_length
         self._chats = dataclasses.replace(renderer.default_chat_tok_params, max_total_tokens=counted)
         self._texts = dataclasses.replace(renderer.default_cmpl_tok_params, max_total_tokens=counted)
+        self._shortcut = Shortcut.of(config.model_config, renderer)
 
     def warm_up(self) -> None:
         """Compile the template."""
-        self._renderer.warmup(self._template)
+        self._renderer.warmup(self.template)
 
     async def chat(self, messages: Sequence[Message]) -> Prompt:
         """Raises Refusal: the template's, or one for a prompt far longer than the context."""
-        conversation: Any = [_said(message) for message in messages]
+        rendered = self._shortcut and self._shortcut.render(messages)
+        if rendered:
+            text, tokens = rendered
+            return Prompt(len(tokens), Rendered(tokens_input(tokens, prompt=text)))
+        conversation: Any = [said(message) for message in messages]
         try:
-            _, (content,) = await self._renderer.render_chat_async(
-                [conversation], self._template, self._chats
-            )
+            _, (content,) = await self._renderer.render_chat_async([conversation], self.template, self._chats)
         except VLLMValidationError as error:
             raise prompt_refusal(error, self._context_length, "messages") from error
         except ChatTemplateResolutionError as error:
@@ -108,12 +111,6 @@ class PlainRenderer:
         except VLLMValidationError as error:
             raise prompt_refusal(error, self._context_length, "prompt") from error
         return [_text_prompt(content, echo=request.echo) for content in contents]
-
-
-def _said(message: Message) -> dict[str, str]:
-    """A plain message as vLLM's chat templates take it."""
-    said = {"role": message.role, "content": message.content or ""}
-    return said if message.name is None else said | {"name": message.name}
 
 
 def _text_prompt(content: Any, *, echo: bool) -> Prompt:

@@ -5,19 +5,25 @@ Import this module only through `serving.engines`, which sets the environment fi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import count
 from typing import Any
 
+import msgspec
+from msgspec.structs import replace
 from vllm.exceptions import VLLMClientError, VLLMValidationError
-from vllm.inputs import EngineInput
+from vllm.inputs import EngineInput, tokens_input
 from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.tasks import SupportedTask
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.input_processor import InputProcessor
 
 from serving.engine import Refusal
-from serving.messages import Sampling
+from serving.messages import Request, Sampling, Text
 from serving.penalties import PENALTY
 
 COUNTED_CONTEXTS = 4
@@ -30,6 +36,12 @@ LEAST_TEMPERATURE = 0.01
 INSTEAD_OF_MINUS_ONE = (1 << 62) | (1 << 31)
 """vLLM reads the seed -1 as none. This one stands in: no request reaches both by counting up its choices,
 nor do they meet where an engine looks at the low 32 bits only."""
+
+KNOWN_SAMPLINGS = 1024
+"""Different sampling parameters that are kept; some kB each."""
+
+to_msgpack = msgspec.msgpack.Encoder().encode
+from_msgpack = msgspec.msgpack.Decoder(Sampling).decode
 
 _SAMPLING_FIELDS = frozenset(Sampling.__struct_fields__)
 
@@ -47,7 +59,7 @@ class Rendered:
     """The field of the request that has a constraint put on the answer."""
 
 
-def sampling_params(sampling: Sampling, **others: Any) -> SamplingParams:
+def _sampling_params(sampling: Sampling, **others: Any) -> SamplingParams:
     """The same for vLLM, but for the seed, which differs from choice to choice; and `others`, which are
     vLLM's own."""
     likeliest_only = sampling.top_p == 0
@@ -75,16 +87,67 @@ def sampling_params(sampling: Sampling, **others: Any) -> SamplingParams:
     )
 
 
-def choice_request(request: EngineCoreRequest, sampling: Sampling, choice: int) -> EngineCoreRequest:
-    """The engine request of one choice, with an id and a seed of its own."""
-    seed = sampling.choice_seed(choice)
-    params = copy(request.sampling_params)
+class Requests:
+    """Makes engine requests for one engine.
+
+    What vLLM checks and works out for sampling parameters it does here once for equal ones: most requests of
+    a client have the same.
+    """
+
+    def __init__(self, processor: InputProcessor, tasks: tuple[SupportedTask, ...]) -> None:
+        self._processor = processor
+        self._tasks = tasks
+        self._numbers = count()
+        self._like = lru_cache(KNOWN_SAMPLINGS)(self._checked)
+
+    def choices(self, request: Request, prompt: Rendered, sampling: Sampling) -> Iterator[EngineCoreRequest]:
+        """One for each choice of one prompt; vLLM's own fan-out refuses temperature 0, and its seeds do not
+        wrap. `sampling` is the request's, fitted to the prompt. Raises VLLMClientError.
+        """
+        asked = self._asked(request, prompt, sampling)
+        for choice in range(sampling.n):
+            child = copy(asked)
+            child.external_req_id = request.id
+            # Short, as it travels with every token, and never the same: a request that is tried again comes
+            # with its first try's id.
+            child.request_id = str(next(self._numbers))
+            if sampling.seed is not None:
+                child.sampling_params = _seeded(asked.sampling_params, sampling.choice_seed(choice))
+            yield child
+
+    def _asked(self, request: Request, prompt: Rendered, sampling: Sampling) -> EngineCoreRequest:
+        unseeded = sampling if sampling.seed is None else replace(sampling, seed=None)
+        if request.logprobs is not None or prompt.sampling or prompt.reasoning:
+            params = _sampling_params(unseeded, **_logprobs(request), **prompt.sampling)
+            asked = self._process(prompt.input, params)
+            for name, value in prompt.reasoning.items():
+                setattr(asked, name, value)
+            return asked
+        asked = copy(self._like(to_msgpack(unseeded)))
+        content: Any = prompt.input
+        asked.prompt_token_ids = content["prompt_token_ids"]
+        asked.arrival_time = time.time()
+        return asked
+
+    def _checked(self, sampling: bytes) -> EngineCoreRequest:
+        """A request with this sampling, in MessagePack, and another prompt than the one that it is going to
+        have: whoever rendered that has checked it."""
+        return self._process(tokens_input([0]), _sampling_params(from_msgpack(sampling)))
+
+    def _process(self, prompt: EngineInput, params: SamplingParams) -> EngineCoreRequest:
+        return self._processor.process_inputs("", prompt, params, supported_tasks=self._tasks)
+
+
+def _logprobs(request: Request) -> dict[str, Any]:
+    echoed = isinstance(request, Text) and request.echo
+    return {"logprobs": request.logprobs, "prompt_logprobs": request.logprobs if echoed else None}
+
+
+def _seeded(params: SamplingParams | None, seed: int | None) -> SamplingParams:
     assert params is not None  # noqa: S101 - it was made from sampling parameters
-    params.seed = INSTEAD_OF_MINUS_ONE if seed == -1 else seed
-    child = copy(request)
-    child.sampling_params = params
-    InputProcessor.assign_request_id(child)
-    return child
+    seeded = copy(params)
+    seeded.seed = INSTEAD_OF_MINUS_ONE if seed == -1 else seed
+    return seeded
 
 
 def sampling_refusal(error: VLLMClientError, otherwise: str | None = None) -> Refusal:

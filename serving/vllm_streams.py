@@ -11,6 +11,7 @@ from typing import Any
 import structlog
 from vllm.logprobs import LogprobsOnePosition
 from vllm.outputs import PoolingRequestOutput, RequestOutput
+from vllm.v1.engine.detokenizer import FastIncrementalDetokenizer
 
 from serving.engine import EngineDead, FinishReason, Logprob, Refusal, Sink, TokenLogprobs
 from serving.messages import Request
@@ -24,8 +25,8 @@ class Stream:
     """One request in flight: where its output goes, until its last choice has ended or it is cancelled."""
 
     __slots__ = (
-        *("_begun", "_cached_tokens", "_cancel", "_constrained_by", "_finished", "_request", "_sink"),
-        *("_tokenizer", "_unfinished", "closed"),
+        *("_begun", "_cached_tokens", "_cancel", "_constrained_by", "_finished", "_request"),
+        *("_tokenizer", "_unfinished", "closed", "sink"),
     )
 
     def __init__(
@@ -44,7 +45,7 @@ class Stream:
         self.closed = False
         """Once true, the sink hears nothing more."""
         self._request = request
-        self._sink = sink
+        self.sink = sink
         self._tokenizer = tokenizer
         self._constrained_by = constrained_by
         self._finished = finished
@@ -67,9 +68,9 @@ class Stream:
         tokens = completion.token_ids
         logprobs = () if completion.logprobs is None else self._logprobs(tokens, completion.logprobs)
         if reason is None:
-            self._sink.put(choice, completion.text, tokens, None, logprobs)
+            self.sink.put(choice, completion.text, tokens, None, logprobs)
             return
-        self._sink.put(choice, completion.text, tokens, _FINISH_REASONS[reason], logprobs)
+        self.sink.put(choice, completion.text, tokens, _FINISH_REASONS[reason], logprobs)
         self._unfinished -= 1
         if not self._unfinished:
             self.closed = True
@@ -79,7 +80,7 @@ class Stream:
         """Give up on all choices and tell the sink, once."""
         if not self.closed:
             self._cancel(self._request.id)
-            self._sink.fail(error)
+            self.sink.fail(error)
 
     def _failure(self, reason: str) -> Exception:
         param = self._constrained_by
@@ -90,11 +91,11 @@ class Stream:
     def _begin(self, prompt: int, output: RequestOutput) -> None:
         self._begun.add(prompt)
         self._cached_tokens += output.num_cached_tokens or 0
-        self._sink.cached_tokens = self._cached_tokens
+        self.sink.cached_tokens = self._cached_tokens
         logprobs, tokens = output.prompt_logprobs, output.prompt_token_ids
         if logprobs and tokens:
             first = self._tokenizer.decode(tokens[:1])
-            self._sink.prompt_logprobs(prompt, first, self._logprobs(tokens[1:], logprobs[1:]))
+            self.sink.prompt_logprobs(prompt, first, self._logprobs(tokens[1:], logprobs[1:]))
 
     def _logprobs(self, tokens: Sequence[int], positions: Sequence[Any]) -> list[TokenLogprobs]:
         likeliest = self._request.logprobs or 0
@@ -105,11 +106,12 @@ class Stream:
 
 
 class Choice:
-    """What vLLM takes for the queue of one choice's request."""
+    """The queue of one choice's request, as vLLM's outputs are put into it: see `vllm_outputs`."""
 
-    __slots__ = ("_index", "_stream")
+    __slots__ = ("_index", "_stream", "decoder")
 
     def __init__(self, stream: Stream, index: int) -> None:
+        self.decoder: FastIncrementalDetokenizer | None = None
         self._stream = stream
         self._index = index
 
@@ -125,6 +127,21 @@ class Choice:
         except Exception as error:
             log.exception("a sink failed")
             self._stream.fail(error)
+
+    def put_tokens(self, token_ids: list[int]) -> None:
+        """The same for tokens in mid-answer, once there is a decoder."""
+        stream, decoder = self._stream, self.decoder
+        if stream.closed or decoder is None:
+            return
+        try:
+            if len(token_ids) == 1:
+                text = decoder.decode_next(token_ids[0])
+            else:
+                text = "".join(map(decoder.decode_next, token_ids))
+            stream.sink.put(self._index, text, token_ids, None)
+        except Exception as error:
+            log.exception("a sink failed")
+            stream.fail(error)
 
 
 def token_logprobs(token: int, position: LogprobsOnePosition, likeliest: int) -> TokenLogprobs:

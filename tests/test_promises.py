@@ -12,8 +12,8 @@ from pydantic import BaseModel
 from cluster.cli import build_parser
 from router.metrics import ROUTER_METRICS
 from router.settings import AnswerSettings, Limits, Listen, ModelLimits, ModelTimeouts, Timeouts
-from serving.metrics import REPLICA_METRICS
-from serving.settings import TrunkSettings
+from serving.metrics import REPLICA_METRICS, SIMULATION_METRICS
+from serving.settings import SimulationSettings, TrunkSettings
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("cluster", "router", "serving")
@@ -24,7 +24,9 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "timeouts": Timeouts,
     "trunk": TrunkSettings,
     "listen": Listen,
+    "simulation": SimulationSettings,
 }
+METRICS = (*ROUTER_METRICS, *REPLICA_METRICS, *SIMULATION_METRICS)
 PER_MODEL = {*ModelLimits.model_fields, *ModelTimeouts.model_fields}
 
 
@@ -35,7 +37,7 @@ def settings_table() -> dict[str, tuple[bool, str]]:
 
 
 def test_every_setting_stands_in_the_readme_with_its_default() -> None:
-    """The README's table of limits and time-outs is the settings, no more and no less."""
+    """The README's tables of limits, time-outs and the simulation are the settings, no more and no less."""
     actual = {
         f"{section}.{name}": (
             name in PER_MODEL,
@@ -61,7 +63,7 @@ def test_every_answer_setting_stands_in_the_readme_with_its_default() -> None:
 def test_every_metric_stands_in_the_readme() -> None:
     """The README's table of metrics is what routers and replicas export, with labels and sentence."""
     rows = re.findall(r"^\| `(trunkline_\w+)` \| (.*?) \| (.*?) \|$", README, re.MULTILINE)
-    exported = {(d.name, ", ".join(d.labels), d.sentence) for d in (*ROUTER_METRICS, *REPLICA_METRICS)}
+    exported = {(d.name, ", ".join(d.labels), d.sentence) for d in METRICS}
     assert set(rows) == exported
 
 

