@@ -135,7 +135,7 @@ class Call:
         if self._exchange.disconnected:
             raise ClientLeft
         task = self._working = asyncio.current_task()
-        self._exchange.left = self._left
+        self._exchange.listen(self._left)
         late = asyncio.get_running_loop().call_later(total_s, self._late, total_s)
         try:
             yield
@@ -146,7 +146,8 @@ class Call:
             raise self._interruption from None
         finally:
             late.cancel()
-            self._exchange.left = self._working = None
+            self._exchange.listen(None)
+            self._working = None
 
     def interrupt(self, why: Exception) -> None:
         """End the work on the request with an exception; the first one counts."""

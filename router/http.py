@@ -67,11 +67,10 @@ class Exchange:
     two of them `drain` waits until the client has taken enough; nothing else bounds what waits for it.
     """
 
-    __slots__ = ("_connection", "_cycle", "_flow", "_transport", "left")
+    __slots__ = ("_connection", "_cycle", "_flow", "_left", "_transport")
 
     def __init__(self, connection: Connection) -> None:
-        self.left: Callable[[], None] | None = None
-        """Called where the client leaves before its answer is complete."""
+        self._left: Callable[[], None] | None = None
         self._connection = connection
         self._cycle = connection.cycle
         self._flow = connection.flow
@@ -92,12 +91,18 @@ class Exchange:
         body, self._cycle.body = self._cycle.body, bytearray()
         return bytes(body)
 
+    def listen(self, left: Callable[[], None] | None) -> None:
+        """Call `left` where the client leaves before its answer is complete."""
+        self._left = left
+        # The end of a connection is noticed only while it is read; a large body may have stopped that.
+        self._flow.resume_reading()
+
     def leave(self) -> None:
         """The client is gone."""
         self._cycle.disconnected = True
         self._cycle.message_event.set()
-        if self.left is not None:
-            self.left()
+        if self._left is not None:
+            self._left()
 
     @property
     def answerable(self) -> bool:

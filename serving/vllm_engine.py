@@ -204,6 +204,11 @@ class VllmEngine:
             )
         llm = self._running
         param = "prompt" if isinstance(request, Text) else "messages"
+        if not all(prompt.length for prompt in prompts):
+            # A prompt without a token would end the engine core.
+            raise Refusal(
+                f"{param}: there is no token in the prompt, and an answer needs one to follow", param=param
+            )
         try:
             llm.check_admission(request.sequences, request.id)
             return [

@@ -62,9 +62,9 @@ class Mailbox(zmq.asyncio.Socket):
                 await self._arrival
 
     def close(self, linger: int | None = None) -> None:
-        if not self.closed:
+        if not self._loop.is_closed():
             self._loop.remove_reader(self._descriptor)
-        super().close(linger)
+        # Both are handles of one socket, which must not be closed twice.
         self._original.close(linger)
 
     def _arrived(self) -> None:

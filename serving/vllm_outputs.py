@@ -39,12 +39,7 @@ class Llm(AsyncLLM):
     def _run_output_handler(self) -> None:
         # vLLM's constructor calls this last, and the task that it makes keeps the processor that it finds.
         if self.output_handler is None:
-            self.output_processor = Outputs(
-                self.output_processor.tokenizer,
-                log_stats=self.log_stats,
-                stream_interval=self.output_processor.stream_interval,
-                tracing_enabled=self.output_processor.tracing_enabled,
-            )
+            self.output_processor.__class__ = Outputs  # it has no state of its own
         super()._run_output_handler()  # type: ignore[no-untyped-call]
 
 
@@ -58,8 +53,9 @@ class Outputs(OutputProcessor):
         iteration_stats: IterationStats | None = None,
         weight_version: str | None = None,
     ) -> OutputProcessorOutput:
-        if engine_core_timestamp is None or iteration_stats is None:
-            return super().process_outputs(engine_core_outputs, None, None, weight_version)
+        # Statistics are always kept, as the load is told by one who listens to them.
+        assert engine_core_timestamp is not None  # noqa: S101
+        assert iteration_stats is not None  # noqa: S101
         others = self._put_tokens(engine_core_outputs, engine_core_timestamp, iteration_stats)
         if not others:
             return OutputProcessorOutput([], [])

@@ -95,8 +95,8 @@ class PlainRenderer:
         return Prompt(len(content["prompt_token_ids"]), Rendered(content))
 
     async def texts(self, request: Text) -> list[Prompt]:
-        """Raises Refusal for a prompt far longer than the context, or without a token, or with one that the
-        vocabulary has not."""
+        """Raises Refusal for a prompt far longer than the context, or with a token that the vocabulary has
+        not."""
         prompts: list[Any] = [
             prompt if isinstance(prompt, str) else list(prompt) for prompt in request.prompts
         ]
@@ -114,7 +114,6 @@ class PlainRenderer:
 
 
 def _text_prompt(content: Any, *, echo: bool) -> Prompt:
-    length = len(content["prompt_token_ids"])
-    if not length:
-        raise Refusal("prompt: there is no token in it, and an answer needs one to follow", param="prompt")
-    return Prompt(length, Rendered(content), content.get("prompt", "") if echo else None)
+    return Prompt(
+        len(content["prompt_token_ids"]), Rendered(content), content.get("prompt", "") if echo else None
+    )

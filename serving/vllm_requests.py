@@ -38,7 +38,10 @@ INSTEAD_OF_MINUS_ONE = (1 << 62) | (1 << 31)
 nor do they meet where an engine looks at the low 32 bits only."""
 
 KNOWN_SAMPLINGS = 1024
-"""Different sampling parameters that are kept; some kB each."""
+"""Different sampling parameters that are kept."""
+
+LONGEST_KNOWN = 1024
+"""Bytes of sampling parameters that are kept: clients may send long stop strings, and many biases."""
 
 to_msgpack = msgspec.msgpack.Encoder().encode
 from_msgpack = msgspec.msgpack.Decoder(Sampling).decode
@@ -123,15 +126,16 @@ class Requests:
             for name, value in prompt.reasoning.items():
                 setattr(asked, name, value)
             return asked
-        asked = copy(self._like(to_msgpack(unseeded)))
+        known = to_msgpack(unseeded)
+        asked = copy((self._like if len(known) <= LONGEST_KNOWN else self._checked)(known))
         content: Any = prompt.input
         asked.prompt_token_ids = content["prompt_token_ids"]
-        asked.arrival_time = time.time()
+        asked.arrival_time = content.get("arrival_time") or time.time()
         return asked
 
     def _checked(self, sampling: bytes) -> EngineCoreRequest:
         """A request with this sampling, in MessagePack, and another prompt than the one that it is going to
-        have: whoever rendered that has checked it."""
+        have: what is asked of a prompt has been seen to."""
         return self._process(tokens_input([0]), _sampling_params(from_msgpack(sampling)))
 
     def _process(self, prompt: EngineInput, params: SamplingParams) -> EngineCoreRequest:

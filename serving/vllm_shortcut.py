@@ -24,8 +24,11 @@ from vllm.renderers.hf import resolve_chat_template, resolve_chat_template_conte
 from serving.messages import Message
 
 LONGEST = 4096
-"""Characters of a conversation that goes this way: about 1 ms of the event loop's time where all is new. A
-thread's switches cost 0.2 ms, and more where several threads want the interpreter."""
+"""Bytes of a conversation that goes this way: some ms of the event loop's time at worst. A thread's switches
+cost 0.2 ms, and more where several threads want the interpreter."""
+
+MESSAGE = 32
+"""Bytes that a message counts for beside its content: it takes the template as long."""
 
 ROLES = {"system", "user", "assistant"}
 """Those that a template is given as they are."""
@@ -33,7 +36,11 @@ ROLES = {"system", "user", "assistant"}
 KEPT_PIECES = 1024
 """Pieces of text whose tokens are kept; of 4,096 characters, they take 10 MB."""
 
+MOST_MARKS = 64
+"""Marks that a text is cut at. They are looked for one after another."""
+
 _PROBE = ("a b", " c", "d\n", "\n\ne  f ", "1 2")
+_LONG_PROBE = " ".join(_PROBE) * 1000
 
 
 class Shortcut:
@@ -53,14 +60,16 @@ class Shortcut:
         plain = renderer.default_chat_tok_params
         if not isinstance(tokenizer, TokenizersBackend) or plain.do_lower_case or plain.add_special_tokens:
             return None
+        if not _is_nothing_else(tokenizer):
+            return None
         template = resolve_chat_template(tokenizer, None, None, model_config=model)
         form = resolve_chat_template_content_format(None, None, "auto", tokenizer, model_config=model)
         return cls(template, tokenizer) if template is not None and form == "string" else None
 
     def render(self, messages: Sequence[Message]) -> tuple[str, list[int]] | None:
         """The prompt's text and its tokens; None where vLLM's renderer is to be asked."""
-        length = sum(len(message.content or "") for message in messages)
-        if length > LONGEST or not all(message.role in ROLES for message in messages):
+        size = sum(MESSAGE + len((message.content or "").encode()) for message in messages)
+        if size > LONGEST or not all(message.role in ROLES for message in messages):
             return None
         try:
             rendered: Any = render_jinja_template(
@@ -73,6 +82,15 @@ class Shortcut:
             return None
         (text,), _ = rendered
         return text, self._encode(text)
+
+
+def _is_nothing_else(tokenizer: TokenizersBackend) -> bool:
+    """Whether what is laid around a tokenizer does nothing to a text, and it has been told to cut none."""
+    backend: Any = tokenizer._tokenizer  # noqa: SLF001 - as vLLM's detokenizer takes it
+    if backend.truncation is not None or backend.padding is not None:
+        return False
+    theirs: Any = tokenizer(_LONG_PROBE, add_special_tokens=False)
+    return bool(theirs["input_ids"] == backend.encode(_LONG_PROBE, add_special_tokens=False).ids)
 
 
 class Pieces:
@@ -98,13 +116,11 @@ class Pieces:
 
         added = tokenizer.get_added_tokens_decoder()
         marks = {token.content: number for number, token in added.items() if not token.normalized}
+        if not 0 < len(marks) <= MOST_MARKS:
+            return whole
         pieces = cls(tokenizer, marks)
-        probes = (mark.join(_PROBE) for mark in marks)
-        return (
-            pieces.encode
-            if marks and all(pieces.encode(probe) == whole(probe) for probe in probes)
-            else whole
-        )
+        probes = [mark.join(_PROBE) for mark in marks]
+        return pieces.encode if all(pieces.encode(probe) == whole(probe) for probe in probes) else whole
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a text."""

@@ -5,6 +5,7 @@ looks whether anything is left of any request.
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import Any
 
 import pytest
@@ -54,6 +55,22 @@ async def test_a_client_that_leaves_before_a_whole_answer_frees_the_engine() -> 
         await until(deployment.idle, AT_ONCE_S)
         await ended(deployment, "cancelled")
         assert deployment.metric("trunkline_generation_tokens_total") == 0
+
+
+async def test_a_client_that_leaves_after_a_large_request_frees_the_engine() -> None:
+    """A body that came in parts, and was more than is read ahead, hides nobody's leaving."""
+    engine = HandEngine()
+    async with deployed(served(engine)) as deployment:
+        body = json.dumps(request("x" * 200_000)).encode()
+        wire = await deployment.dial()
+        head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: test\r\ncontent-type: application/json\r\n"
+        wire.send(head + b"content-length: %d\r\n\r\n" % len(body) + body[:1000])
+        await until(lambda: deployment.tasks)
+        wire.send(body[1000:])
+        await until(lambda: engine.requests)
+        wire.leave()
+        await until(lambda: not engine.requests, AT_ONCE_S)
+        await ended(deployment, "cancelled")
 
 
 async def test_a_client_that_leaves_before_the_first_token_frees_the_engine() -> None:

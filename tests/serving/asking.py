@@ -108,9 +108,11 @@ def chat(
     return Chat(id=request_id, model="m", created=1, messages=tuple(messages), sampling=sampling, **others)
 
 
-def text(*prompts: str | tuple[int, ...], sampling: Sampling, **others: Any) -> Text:
+def text(
+    *prompts: str | tuple[int, ...], sampling: Sampling, request_id: str = "text-1", **others: Any
+) -> Text:
     """A text completion request."""
-    return Text(id="text-1", model="m", created=1, prompts=prompts, sampling=sampling, **others)
+    return Text(id=request_id, model="m", created=1, prompts=prompts, sampling=sampling, **others)
 
 
 def greedy(max_tokens: int, **others: Any) -> Sampling:

