@@ -98,9 +98,12 @@ def deployed(config: Config, log_dir: Path | None, progress: Progress) -> Iterat
     serve.start(proxy_location=ProxyLocation.Disabled, logging_config=LoggingConfig(log_level="WARNING"))
     refuse_second(config)
     try:
-        deploy_models(config, secret, log_dir)
+        targets = [*model_targets(config, secret, log_dir), router_target(config, secret, log_dir)]
         check_port(config.listen)  # again: getting here may have taken minutes
-        deploy_routers(config, secret, log_dir)
+        # All at once: a router needs no model to start, and finds those that become ready.
+        serve.run_many(
+            targets, wait_for_ingress_deployment_creation=True, wait_for_applications_running=False
+        )
         wait_ready(config, progress)
         yield
     finally:
@@ -118,9 +121,8 @@ def refuse_second(config: Config) -> None:
         )
 
 
-def deploy_models(config: Config, secret: bytes, log_dir: Path | None) -> None:
-    """One application for each model that runs here; returns at once. Raises StartFailed where there is no
-    room."""
+def model_targets(config: Config, secret: bytes, log_dir: Path | None) -> list[RunTarget]:
+    """One application for each model that runs here. Raises StartFailed where there is no room."""
     nodes = ray.nodes()  # type: ignore[no-untyped-call]
     resources = [node["Resources"] for node in nodes if node["Alive"]]
     try:
@@ -132,14 +134,10 @@ def deploy_models(config: Config, secret: bytes, log_dir: Path | None) -> None:
     except PlacementError as error:
         raise StartFailed(str(error)) from None
     local = config.ray.address == "local"
-    targets = [
+    return [
         _model_target(model, placement, config, secret, log_dir, loopback=local)
         for model, placement in zip(config.hosted, placements, strict=True)
     ]
-    if targets:  # Serve refuses to run nothing
-        serve.run_many(
-            targets, wait_for_ingress_deployment_creation=True, wait_for_applications_running=False
-        )
 
 
 def _model_target(
@@ -169,8 +167,8 @@ def _model_target(
     )
 
 
-def deploy_routers(config: Config, secret: bytes, log_dir: Path | None) -> None:
-    """The routers' application; returns at once. The models' applications must exist."""
+def router_target(config: Config, secret: bytes, log_dir: Path | None) -> RunTarget:
+    """The routers' application."""
     deployment = serve.deployment(
         name=ROUTER,
         num_replicas=config.routers,
@@ -180,10 +178,9 @@ def deploy_routers(config: Config, secret: bytes, log_dir: Path | None) -> None:
         graceful_shutdown_wait_loop_s=0.1,
         graceful_shutdown_timeout_s=config.drain_s + CLOSE_S,
     )
-    target = RunTarget(
+    return RunTarget(
         deployment(RouterServer).bind(config.router_settings, secret, log_dir), name=ROUTER, route_prefix=None
     )
-    serve.run_many([target], wait_for_ingress_deployment_creation=True, wait_for_applications_running=False)
 
 
 def wait_ready(config: Config, progress: Progress) -> None:

@@ -18,6 +18,31 @@ LEAST_SECRET = 16
 """Bytes."""
 
 
+OWN_RAY = {
+    # When a worker dies, Ray ends what it has started.
+    "RAY_process_group_cleanup_enabled": "1",
+    # The raylet asks for its object store before that is there; by default it then waits for a whole second.
+    "RAY_raylet_client_connect_timeout_milliseconds": "20",
+    "RAY_raylet_client_num_connect_attempts": "500",
+    # What follows is work that Ray does while nothing happens. Serve's controller looks at everything, and
+    # asks for every node, ten times a second.
+    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.2",
+    # No request comes through Serve's handles, so there is nothing to count ten times a second.
+    "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "0",
+    # Nobody scrapes this Ray's own metrics: ours say what its processes do.
+    "RAY_enable_metrics_collection": "0",
+    "REPORTER_UPDATE_INTERVAL_MS": "60000",
+    # Nor does anybody want its workers' output, which the log monitor looks for ten times a second.
+    "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "0",
+    "LOG_NAME_UPDATE_INTERVAL_S": "3600",
+    # Next to nothing is put into the object store that could fill a disk.
+    "RAY_local_fs_monitor_interval_ms": "5000",
+    # Ray begins with a worker for each core and keeps those that are not used.
+    "RAY_num_workers_soft_limit": "1",
+}
+"""For a Ray of our own, unless the environment says otherwise."""
+
+
 class WeakSecret(Exception):
     """The environment gives a secret that could be guessed."""
 
@@ -31,8 +56,8 @@ def prepare(ray_address: str) -> None:
         # Ray's ports listen on every interface: only who has this token may use them.
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-        # When a worker dies, Ray ends what it has started.
-        os.environ["RAY_process_group_cleanup_enabled"] = "1"  # noqa: SIM112 - Ray's own spelling
+        for name, value in OWN_RAY.items():
+            os.environ.setdefault(name, value)
 
 
 def provider_key(variable: str) -> SecretStr | None:

@@ -96,7 +96,8 @@ def put_models_in_place(config: Config, say: Narrator) -> None:
     """Download or convert each source here, where the first replica will want it, with the progress shown."""
     for model in config.models:
         if model.source is not None:
-            folder = source.resolve(model.source, partial(say.about, model.name))
+            weights = model.accelerator is None
+            folder = source.resolve(model.source, partial(say.about, model.name), weights=weights)
             say.about(model.name, f"the model is in {folder}")
 
 
