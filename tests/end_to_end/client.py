@@ -36,6 +36,7 @@ class Exchange(asyncio.Protocol):
         """Done when the first byte of the body is there."""
         self.ended: asyncio.Future[None] = loop.create_future()
         """Done when the body has ended properly; ConnectionError where it was cut off."""
+        self._more = asyncio.Event()
         self._gone: asyncio.Future[None] = loop.create_future()
         self._parser = httptools.HttpResponseParser(self)
 
@@ -43,6 +44,14 @@ class Exchange(asyncio.Protocol):
         """Return when the answer has begun."""
         async with asyncio.timeout(PATIENCE_S):
             await asyncio.wait([self.begun, self.ended], return_when=asyncio.FIRST_COMPLETED)
+
+    async def more(self) -> None:
+        """Return when the answer has gone on, or has ended."""
+        if self.ended.done():
+            return
+        self._more.clear()
+        async with asyncio.timeout(PATIENCE_S):
+            await self._more.wait()
 
     async def end(self) -> Exchange:
         """Itself, when the answer has ended. Raises ConnectionError where it was cut off."""
@@ -143,6 +152,7 @@ class Exchange(asyncio.Protocol):
         if not self.ended.done():
             self.ended.set_exception(ConnectionError(f"cut off after {bytes(self.body[-300:])!r}"))
             self.ended.exception()  # a client that left does not ask
+            self._more.set()
         self._gone.set_result(None)
 
     def on_header(self, name: bytes, value: bytes) -> None:
@@ -153,6 +163,7 @@ class Exchange(asyncio.Protocol):
 
     def on_body(self, data: bytes) -> None:
         self.body += data
+        self._more.set()
         if not self.begun.done():
             self.begun.set_result(None)
 
@@ -160,6 +171,7 @@ class Exchange(asyncio.Protocol):
         self.ended_at = time.perf_counter()
         if not self.ended.done():
             self.ended.set_result(None)
+            self._more.set()
 
 
 def _text(choice: dict[str, Any], message: str) -> str:

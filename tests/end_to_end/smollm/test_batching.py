@@ -11,7 +11,7 @@ from tests.end_to_end.server import Server
 from tests.end_to_end.smollm import ECHO, SMOLLM
 
 STREAMS = 32
-TOKENS = {ECHO: 10, SMOLLM: 32}
+TOKENS = {ECHO: 10, SMOLLM: 16}
 """Of each stream; every text is made once alone, so that more of them would take minutes."""
 
 ALIKE = {ECHO: STREAMS, SMOLLM: STREAMS - 2}

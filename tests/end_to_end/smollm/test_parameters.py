@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from functools import cache
+from itertools import product
 from typing import Any
 
 import pytest
+import pytest_asyncio
 from transformers import AutoTokenizer
 
 from serving.source import resolve
@@ -23,6 +25,9 @@ CLOSE = 1e-3
 """Two tokens whose worth differs by less may be taken for each other."""
 
 
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
 @cache
 def tokenizer() -> Any:
     """The model's own."""
@@ -36,25 +41,26 @@ async def says(server: Server, **parameters: Any) -> str:
     return answer.text()
 
 
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def likeliest(server: Server) -> str:
+    """The 12 tokens that the model says to STORY at temperature 0."""
+    return await says(server, temperature=0, max_tokens=12)
+
+
 @pytest.mark.parametrize("same", [{"top_p": 0}, {"top_k": 1}, {"min_p": 1}, {"temperature": 0}])
-async def test_the_likeliest_alone(server: Server, same: dict[str, Any]) -> None:
+async def test_the_likeliest_alone(server: Server, likeliest: str, same: dict[str, Any]) -> None:
     """A top_p of 0, a top_k of 1 and a min_p of 1 keep the likeliest token, which temperature 0 takes."""
-    likeliest = await says(server, temperature=0)
-    assert await says(server, **{"temperature": 2, "seed": 5, **same}) == likeliest
+    assert await says(server, **{"temperature": 2, "seed": 5, "max_tokens": 12, **same}) == likeliest
 
 
 async def test_temperature_strays(server: Server) -> None:
     """The higher the temperature, the more the texts of different seeds differ in their words."""
-    texts = {
-        temperature: [
-            answer.text()
-            for answer in await ask_all(
-                server, [chat(SMOLLM, STORY, temperature=temperature, seed=seed) for seed in range(8)]
-            )
-        ]
-        for temperature in (0, 0.2, 2)
-    }
-    words = [len({word for text in each for word in text.split()}) for each in texts.values()]
+    answers = await ask_all(
+        server,
+        [chat(SMOLLM, STORY, temperature=each, seed=seed) for each in (0, 0.2, 2) for seed in range(8)],
+    )
+    texts = [[answer.text() for answer in answers[i : i + 8]] for i in (0, 8, 16)]
+    words = [len({word for text in each for word in text.split()}) for each in texts]
     assert len(set(texts[0])) == 1
     assert words[0] < words[1] < words[2]
 
@@ -74,15 +80,26 @@ def assert_best(answer: Exchange, counts: Counter[str], *, each: float = 0, once
 
 
 PENALTIES = [-0.5, 0.7, 2.0]
+PENALISED_BY = ["frequency_penalty", "presence_penalty", "repetition_penalty"]
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def penalised(server: Server) -> dict[tuple[str, float], Exchange]:
+    """The answers at temperature 0 under each penalty, and under each of 0, all asked at once."""
+    asked = list(product(PENALISED_BY, [0, *PENALTIES]))
+    told = {"logprobs": True, "top_logprobs": LIKELIEST, "max_tokens": 40, "temperature": 0}
+    bodies = [chat(SMOLLM, STORY, **told, **{parameter: penalty}) for parameter, penalty in asked]
+    return dict(zip(asked, await ask_all(server, bodies), strict=True))
 
 
 @pytest.mark.parametrize("penalty", PENALTIES)
-@pytest.mark.parametrize("parameter", ["frequency_penalty", "presence_penalty", "repetition_penalty"])
-async def test_a_penalty_is_exact(server: Server, parameter: str, penalty: float) -> None:
+@pytest.mark.parametrize("parameter", PENALISED_BY)
+async def test_a_penalty_is_exact(
+    penalised: dict[tuple[str, float], Exchange], parameter: str, penalty: float
+) -> None:
     """At temperature 0 each token is the one with the highest logit after the penalty was taken off: for each
     time, or once, that it stands in the answer, or in the prompt and the answer."""
-    told = {"logprobs": True, "top_logprobs": LIKELIEST, "max_tokens": 40, "temperature": 0}
-    answer = await ask(server, chat(SMOLLM, STORY, **told, **{parameter: penalty}))
+    answer = penalised[parameter, penalty]
     counts: Counter[str] = Counter()
     if parameter == "repetition_penalty":
         prompt = tokenizer().apply_chat_template(
@@ -94,7 +111,7 @@ async def test_a_penalty_is_exact(server: Server, parameter: str, penalty: float
         assert_best(answer, counts, once=penalty)
     else:
         assert_best(answer, counts, each=penalty)
-    assert answer.text() != await says(server, temperature=0, max_tokens=40)
+    assert answer.text() != penalised[parameter, 0].text()
 
 
 async def test_a_penalty_is_one_request_s_alone(server: Server) -> None:
@@ -102,30 +119,32 @@ async def test_a_penalty_is_one_request_s_alone(server: Server) -> None:
     and say what each says alone."""
     bodies = [
         chat(SMOLLM, STORY, temperature=0, max_tokens=length, repetition_penalty=penalty, ignore_eos=True)
-        for length, penalty in [(8, 0), (40, 0.4), (16, 1.5), (40, 0), (24, -0.3), (32, 2)] * 3
+        for length, penalty in [(4, 0), (20, 0.4), (8, 1.5), (20, 0), (16, -0.3), (16, 2)] * 3
     ]
     alone = [await ask(server, body) for body in bodies[:6]]
+    _, some, more, plain, less, most = [answer.text() for answer in alone]
+    assert not any(plain.startswith(penalised) for penalised in (some, more, less, most))
     together = await ask_all(server, bodies)
     assert [answer.text() for answer in together] == [answer.text() for answer in alone] * 3
 
 
-async def test_a_token_can_be_forced(server: Server) -> None:
+async def test_a_token_can_be_forced(server: Server, likeliest: str) -> None:
     """A bias of 100 brings a token at every place, one of -100 at none."""
     (sea,) = tokenizer().encode(" sea")
     forced = await ask(server, chat(SMOLLM, STORY, max_tokens=5, logit_bias={str(sea): 100}))
     assert forced.text() == " sea" * 5
-    likeliest = await says(server, temperature=0)
     first = str(tokenizer().encode(likeliest)[0])
-    banned = await says(server, temperature=0, logit_bias={first: -100})
-    assert banned.split()[0] != likeliest.split()[0]
+    banned = await says(server, temperature=0, max_tokens=4, logit_bias={first: -100})
+    assert banned.split(maxsplit=1)[0] != likeliest.split(maxsplit=1)[0]
 
 
 async def test_n_goes_to_128(server: Server) -> None:
     """128 choices are all answered, and usage counts the tokens of all of them."""
-    for stream in (False, True):
-        body = chat(SMOLLM, STORY, n=128, max_tokens=2, ignore_eos=True, stream=stream)
-        options = {"stream_options": {"include_usage": True}} if stream else {}
-        answer = await ask(server, body | options)
+    # A short prompt, as every choice computes it, and nothing too strange, which may have no text.
+    short = [{"role": "system", "content": "Story."}]
+    body = {"model": SMOLLM, "messages": short, "n": 128, "max_tokens": 2, "ignore_eos": True, "top_k": 40}
+    stream = {"stream": True, "stream_options": {"include_usage": True}}
+    for answer in await ask_all(server, [body, body | stream]):
         assert answer.usage["completion_tokens"] == 256
         assert all(answer.text(choice) for choice in range(128))
         assert len({answer.text(choice) for choice in range(128)}) > 8
@@ -146,12 +165,11 @@ async def test_an_answer_can_be_kept_going(server: Server) -> None:
     short = await ask(server, chat(SMOLLM, PARIS, **question))
     assert short.finish_reason() == "stop"
     used = short.usage["completion_tokens"]
-    longer = await ask(server, chat(SMOLLM, PARIS, **question, min_tokens=used + 4))
-    assert longer.usage["completion_tokens"] >= used + 4
-    endless = await ask(server, chat(SMOLLM, PARIS, **question, ignore_eos=True))
-    assert endless.usage["completion_tokens"] == 24
     third = tokenizer().encode(short.text())[2]
-    cut = await ask(server, chat(SMOLLM, PARIS, **question, stop_token_ids=[third]))
+    kept: list[dict[str, Any]] = [{"min_tokens": used + 4}, {"ignore_eos": True}, {"stop_token_ids": [third]}]
+    longer, endless, cut = await ask_all(server, [chat(SMOLLM, PARIS, **question, **each) for each in kept])
+    assert longer.usage["completion_tokens"] >= used + 4
+    assert endless.usage["completion_tokens"] == 24
     assert cut.finish_reason() == "stop"
     assert cut.usage["completion_tokens"] == 3
 

@@ -64,12 +64,13 @@ def check_null_parameters() -> None:
 def check_repetition_penalty() -> None:
     """Konko's own parameter goes into the body beside OpenAI's, is neutral at 0 and changes the text at 2,
     the same whole and streamed."""
+    short = {"messages": REPETITION, "max_tokens": 8}
     plain, neutral, penalised = (
-        ask(messages=REPETITION, extra_body=body).choices[0].message.content
+        ask(**short, extra_body=body).choices[0].message.content
         for body in ({}, {"repetition_penalty": 0}, {"repetition_penalty": 2})
     )
     assert plain == neutral != penalised
-    streamed = list(ask(messages=REPETITION, stream=True, extra_body={"repetition_penalty": 2}))
+    streamed = list(ask(**short, stream=True, extra_body={"repetition_penalty": 2}))
     assert text(streamed) == penalised
 
 

@@ -38,7 +38,6 @@ class Weather(BaseModel):
     """Look up how warm it is in a city."""
 
     city: Literal["Paris", "Rome"]
-    unit: Literal["celsius", "fahrenheit"]
 
 
 TOOL = openai.pydantic_function_tool(Weather)
@@ -296,14 +295,14 @@ def check_tool_left_to_the_model() -> None:
     """Where the model may choose, it answers in one way or the other, whole and streamed."""
     for tool_choice in ("auto", "none"):
         message = (
-            ask(messages=WEATHER, tools=[TOOL], tool_choice=tool_choice, max_tokens=12).choices[0].message
+            ask(messages=WEATHER, tools=[TOOL], tool_choice=tool_choice, max_tokens=6).choices[0].message
         )
         assert message.content or message.tool_calls
         stream = client.chat.completions.create(
             model=SMOLLM,
             messages=WEATHER,
             temperature=0,
-            max_tokens=12,
+            max_tokens=6,
             tools=[TOOL],
             tool_choice=tool_choice,
             stream=True,
@@ -372,7 +371,7 @@ def check_completion_suffix() -> None:
 
 def complete(**parameters: Any) -> openai.types.Completion:
     """The whole completion of the prompt."""
-    body = {"model": SMOLLM, "prompt": PROMPT, "temperature": 0, "max_tokens": 8, **parameters}
+    body = {"model": SMOLLM, "prompt": PROMPT, "temperature": 0, "max_tokens": 4, **parameters}
     completion: openai.types.Completion = client.completions.create(**body)
     return completion
 
@@ -452,7 +451,7 @@ async def check_async_completion() -> None:
     """The asynchronous client completes prompts."""
     async with openai.AsyncOpenAI(max_retries=0) as asynchronous:
         completion = await asynchronous.completions.create(
-            model=SMOLLM, prompt=PROMPT, temperature=0, max_tokens=8
+            model=SMOLLM, prompt=PROMPT, temperature=0, max_tokens=4
         )
     assert completion.choices[0].text == complete().choices[0].text
 
