@@ -42,6 +42,11 @@ class Answer:
     completion_tokens: int | None = None
     """As the server's usage says, over all choices."""
     failure: Failure | None = None
+    read: float = math.nan
+    """When its last byte was."""
+    lag: float = math.nan
+    """Seconds by which the generator was late in sending the request. Not a number where it had no moment to
+    keep."""
 
     def fail(self, kind: str, detail: str, now: float) -> None:
         """Record why the answer failed. What went wrong first is the reason; the rest follows from it."""
@@ -71,6 +76,11 @@ class StreamReader:
         self._done = False
 
     def feed(self, data: bytes, now: float) -> None:
+        # Nearly always the data is one whole event with text: no line has to be taken out of it.
+        if not self._rest and data.find(b"\n\n") == len(data) - 2 and _has_text(data):
+            self._answer.chunks.append(now)
+            self._last_chunk = data
+            return
         lines = (self._rest + data).split(b"\n")
         self._rest = lines.pop()
         for line in lines:

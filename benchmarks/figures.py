@@ -17,6 +17,9 @@ from benchmarks.answer import Answer
 GENERATOR_LIMIT = 0.6
 """Share of a core. A generator busier than that delays what it measures."""
 
+LAG_LIMIT_MS = 5.0
+"""How late a generator may send a request, at p99: later than that it loads in another way than it says."""
+
 Figure = float | int | None
 
 
@@ -109,14 +112,25 @@ class GeneratorCost:
     """Of one core."""
     cpu_us_per_chunk: float | None
     """Everything it did, over the chunks with text that it read. None where there were none."""
-    bounded: bool
-    """The run was bounded by the load generator: its figures do not describe the server."""
+    median_send_lag_ms: float | None
+    """How late it sent requests: after they were due in an open loop, after the stream's last answer was read
+    in a closed one. None where no request had a moment to keep."""
+    p99_send_lag_ms: float | None
+
+    @property
+    def bounded(self) -> bool:
+        """The run was bounded by the load generator: its figures do not describe the server."""
+        return self.cpu_share > GENERATOR_LIMIT or (self.p99_send_lag_ms or 0.0) > LAG_LIMIT_MS
 
     @classmethod
-    def of(cls, cpu_seconds: float, duration: float, answers: Iterable[Answer]) -> GeneratorCost:
+    def of(cls, cpu_seconds: float, duration: float, answers: Sequence[Answer]) -> GeneratorCost:
         """The cost of a run of `duration` seconds that took `cpu_seconds` and read these answers."""
-        share = cpu_seconds / duration
         chunks = sum(len(answer.chunks) for answer in answers)
+        lags = sorted(answer.lag * 1000 for answer in answers if not math.isnan(answer.lag))
         return cls(
-            cpu_seconds, share, cpu_seconds / chunks * 1e6 if chunks else None, share > GENERATOR_LIMIT
+            cpu_seconds=cpu_seconds,
+            cpu_share=cpu_seconds / duration,
+            cpu_us_per_chunk=cpu_seconds / chunks * 1e6 if chunks else None,
+            median_send_lag_ms=percentile(lags, 50) if lags else None,
+            p99_send_lag_ms=percentile(lags, 99) if lags else None,
         )

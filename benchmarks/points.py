@@ -17,7 +17,7 @@ from benchmarks.client import Client
 from benchmarks.figures import GENERATOR_LIMIT, percentile
 from benchmarks.load import Plan, allow_files, run
 from benchmarks.processes import NoProcess, Process, descendants, lives, resident
-from benchmarks.result import Result
+from benchmarks.result import Outcome
 from benchmarks.rows import Row, under, whole
 from benchmarks.server import RAY_UP, READY, Server, ServerFailed
 from benchmarks.workload import Workload
@@ -211,7 +211,7 @@ async def at_once(server: Server, plan: Plan) -> list[Row]:
     ]
 
 
-def pace(server: Server, workload: Workload, result: Result) -> Iterator[Row]:
+def pace(server: Server, workload: Workload, result: Outcome) -> Iterator[Row]:
     """How fast the streams were, and what each process spent on a token."""
     yield Row("all streams together", figure(result, "output_throughput"), "tokens/s")
     yield Row("time to first token, p50", figure(result, "median_ttft_ms") / 1000, "s")
@@ -219,7 +219,7 @@ def pace(server: Server, workload: Workload, result: Result) -> Iterator[Row]:
     yield from cpu(result, {"router": server.router.pid, "replica": server.replica(workload.model).pid})
 
 
-async def watched(work: Coroutine[Any, Any, Result], pid: int) -> tuple[Result, int]:
+async def watched(work: Coroutine[Any, Any, Outcome], pid: int) -> tuple[Outcome, int]:
     """The result of some work, and the most resident bytes that a process had meanwhile."""
     task = asyncio.create_task(work)
     peak = 0
@@ -229,7 +229,7 @@ async def watched(work: Coroutine[Any, Any, Result], pid: int) -> tuple[Result, 
     return task.result(), peak
 
 
-def cpu(result: Result, processes: Mapping[str, int]) -> Iterator[Row]:
+def cpu(result: Outcome, processes: Mapping[str, int]) -> Iterator[Row]:
     """CPU time per token, of some processes and of the whole server; and how busy the generator was."""
     tokens = figure(result, "total_output_tokens")
     spent = {line.pid: line.cpu_seconds or 0.0 for line in result.processes}
@@ -291,15 +291,15 @@ async def wait(condition: Callable[[], bool], what: str, pause: float = 0.01) ->
     return perf_counter()
 
 
-async def measured(plan: Plan) -> Result:
+async def measured(plan: Plan) -> Outcome:
     """The result of one run of the load generator."""
-    result = await run(plan, name="", command="")
+    result = await run(plan)
     for kind, failure in result.failures.items():
         print(f"{failure.count} answers failed, {kind}: {failure.example}", file=sys.stderr)
     return result
 
 
-def figure(result: Result, name: str) -> float:
+def figure(result: Outcome, name: str) -> float:
     """A figure that must be there. Raises ServerFailed where no answer was good."""
     value = result.figures[name]
     if value is None:

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 
-from benchmarks.figures import GENERATOR_LIMIT, FailureCount, Figure, GeneratorCost
+from benchmarks.figures import GENERATOR_LIMIT, LAG_LIMIT_MS, FailureCount, Figure, GeneratorCost
 from benchmarks.processes import Spent
 
 RESULTS = Path(__file__).parent / "results"
@@ -108,8 +108,8 @@ class Record(ABC):
 
 
 @dataclass(frozen=True, slots=True)
-class Result(Record):
-    """One run of the load generator."""
+class Outcome:
+    """What one run of the load generator showed."""
 
     figures: Mapping[str, Figure]
     failures: Mapping[str, FailureCount]
@@ -123,13 +123,21 @@ class Result(Record):
         spent = sum(process.cpu_seconds or 0.0 for process in self.processes)
         return spent / tokens * 1e6 if tokens and self.processes else None
 
+
+@dataclass(frozen=True, slots=True)
+class Result(Record):
+    """The record of one run of the load generator."""
+
+    outcome: Outcome
+
     def shown(self) -> Mapping[str, object]:
+        told = self.outcome
         return {
-            **self.figures,
-            "failures": {kind: asdict(failure) for kind, failure in self.failures.items()},
-            "generator": asdict(self.generator),
-            "server_cpu_us_per_token": self.server_cpu_us_per_token,
-            "processes": [asdict(process) for process in self.processes],
+            **told.figures,
+            "failures": {kind: asdict(failure) for kind, failure in told.failures.items()},
+            "generator": {**asdict(told.generator), "bounded": told.generator.bounded},
+            "server_cpu_us_per_token": told.server_cpu_us_per_token,
+            "processes": [asdict(process) for process in told.processes],
         }
 
     def table(self) -> str:
@@ -138,45 +146,48 @@ class Result(Record):
 
     def _head(self) -> Iterator[str]:
         yield ", ".join(f"{key} {value}" for key, value in self.workload.items() if key != "prompt")
-        yield "{completed} completed and {failed} failed in {duration:.2f} s".format_map(self.figures)
+        yield "{completed} completed and {failed} failed in {duration:.2f} s".format_map(self.outcome.figures)
         yield "{request_throughput:,.1f} requests/s, {output_throughput:,.0f} output tokens/s".format_map(
-            self.figures
+            self.outcome.figures
         )
 
     def _latencies(self) -> Iterator[str]:
         yield ""
         yield f"{'ms':8}" + "".join(f"{column:>11}" for column in ("mean", "p50", "p95", "p99"))
         for name in ("ttft", "itl", "tpot", "e2el"):
-            row = [self.figures[f"{part}_{name}_ms"] for part in ("mean", "median", "p95", "p99")]
+            row = [self.outcome.figures[f"{part}_{name}_ms"] for part in ("mean", "median", "p95", "p99")]
             yield f"{name.upper():8}" + "".join(f"{_number(value, 2):>11}" for value in row)
 
     def _failures(self) -> Iterator[str]:
-        for kind, failure in self.failures.items():
+        for kind, failure in self.outcome.failures.items():
             yield f"failed, {kind}: {failure.count}, the first: {failure.example}"
 
     def _generator(self) -> Iterator[str]:
-        cost = self.generator
+        cost = self.outcome.generator
         per_chunk = _number(cost.cpu_us_per_chunk, 1)
         yield ""
         yield f"load generator: {cost.cpu_share:.0%} of a core, {per_chunk} us per chunk"
+        lags = (_number(lag, 2) for lag in (cost.median_send_lag_ms, cost.p99_send_lag_ms))
+        yield "sent late by {} ms at p50, {} ms at p99".format(*lags)
         if cost.bounded:
-            yield f"BOUNDED BY THE LOAD GENERATOR: over {GENERATOR_LIMIT:.0%}, so the figures are its own"
+            limits = f"{GENERATOR_LIMIT:.0%} of a core or {LAG_LIMIT_MS:g} ms late at p99"
+            yield f"BOUNDED BY THE LOAD GENERATOR: over {limits}, so the figures are its own"
 
     def _processes(self) -> Iterator[str]:
-        if not self.processes:
+        if not self.outcome.processes:
             return
-        tokens = self.figures["total_output_tokens"] or 0
+        tokens = self.outcome.figures["total_output_tokens"] or 0
         yield ""
         yield f"{'server process':62}{'pid':>9}{'CPU s':>9}{'us/token':>10}{'RSS MiB before':>16}{'after':>8}"
-        for line in self.processes:
+        for line in self.outcome.processes:
             per_token = line.cpu_seconds / tokens * 1e6 if tokens and line.cpu_seconds is not None else None
             before, after = (rss and rss / _MIB for rss in (line.rss_bytes_before, line.rss_bytes_after))
             yield (
                 f"{line.name:62}{line.pid:>9}{_number(line.cpu_seconds, 2):>9}{_number(per_token, 1):>10}"
                 f"{_number(before, 0):>16}{_number(after, 0):>8}"
             )
-        total = sum(line.cpu_seconds or 0.0 for line in self.processes)
-        yield f"{'all':62}{'':9}{total:>9.2f}{_number(self.server_cpu_us_per_token, 1):>10}"
+        total = sum(line.cpu_seconds or 0.0 for line in self.outcome.processes)
+        yield f"{'all':62}{'':9}{total:>9.2f}{_number(self.outcome.server_cpu_us_per_token, 1):>10}"
 
 
 def _number(value: float | None, digits: int) -> str:
@@ -187,7 +198,7 @@ def _git(*arguments: str) -> str | None:
     """None where git, the checkout or the answer is missing."""
     try:
         done = subprocess.run(
-            ["git", *arguments],  # noqa: S607 - the developer's own git, wherever it is
+            ["git", "--no-optional-locks", *arguments],  # noqa: S607 - the developer's own git, wherever it is
             cwd=Path(__file__).parent,
             capture_output=True,
             text=True,

@@ -56,7 +56,7 @@ class Server:
     """One run of `trunkline serve`, from start to end. Moments are seconds of `time.perf_counter()`."""
 
     def __init__(self, config: Path) -> None:
-        self.target = Target("127.0.0.1", _free_port())
+        self.target = Target("127.0.0.1", free_port())
         self.answered: float | None = None
         """When the port first answered a request; None until then."""
         self._said: list[tuple[float, str]] = []
@@ -94,14 +94,7 @@ class Server:
 
     def kill(self) -> None:
         """End whatever is left of it."""
-        deadline = time.monotonic() + KILL_S
-        while left := session(self.pid):
-            if time.monotonic() > deadline:
-                raise ServerFailed(f"processes {[process.pid for process in left]} do not end")
-            for process in left:
-                with suppress(ProcessLookupError):
-                    os.kill(process.pid, signal.SIGKILL)
-            time.sleep(KNOCK_S)
+        kill_session(self.pid)
         self._process.wait()
 
     # ---- what it tells -------------------------------------------------------------------------------
@@ -182,13 +175,26 @@ def serving(config: Path) -> Iterator[Server]:
         server.kill()
 
 
-def _samples(text: str, name: str, model: str) -> Iterator[float]:
-    pattern = rf'^{re.escape(name)}\{{[^}}]*\bmodel="{re.escape(model)}"[^}}]*\}} (\S+)$'
-    return map(float, re.findall(pattern, text, re.MULTILINE))
+def kill_session(leader: int) -> None:
+    """End every process of a session at once. Raises ServerFailed where one stays."""
+    deadline = time.monotonic() + KILL_S
+    while left := session(leader):
+        if time.monotonic() > deadline:
+            raise ServerFailed(f"processes {[process.pid for process in left]} do not end")
+        for process in left:
+            with suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGKILL)
+        time.sleep(KNOCK_S)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port of 127.0.0.1 on which nobody listens now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def _samples(text: str, name: str, model: str) -> Iterator[float]:
+    pattern = rf'^{re.escape(name)}\{{[^}}]*\bmodel="{re.escape(model)}"[^}}]*\}} (\S+)$'
+    return map(float, re.findall(pattern, text, re.MULTILINE))

@@ -22,7 +22,7 @@ from benchmarks.answer import Answer, StreamReader
 from benchmarks.client import Client, Target
 from benchmarks.load import Plan, run
 from benchmarks.points import wait
-from benchmarks.result import Result
+from benchmarks.result import Outcome
 from benchmarks.workload import Workload
 from tests.benchmarks.peer import (
     DONE,
@@ -76,19 +76,19 @@ def plan(peer: Peer, **changes: Any) -> Plan:
     return replace(Plan(target, WORK, streams=1, requests=1, timeout=DEADLINE), **changes)
 
 
-async def loaded(peer: Peer, **changes: Any) -> Result:
+async def loaded(peer: Peer, **changes: Any) -> Outcome:
     """The result of that plan."""
-    return await run(plan(peer, **changes), name="test", command="test")
+    return await run(plan(peer, **changes))
 
 
-def number(result: Result, name: str) -> float:
+def number(result: Outcome, name: str) -> float:
     """A figure that must be there."""
     value = result.figures[name]
     assert value is not None
     return value
 
 
-def kinds(result: Result) -> dict[str, int]:
+def kinds(result: Outcome) -> dict[str, int]:
     """How often each kind of failure occurred."""
     return {kind: failure.count for kind, failure in result.failures.items()}
 

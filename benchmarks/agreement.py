@@ -1,0 +1,191 @@
+"""The load generator beside `vllm bench serve`: `python -m benchmarks.agreement --help`.
+
+Both load the same server with the same prompts in a closed loop, one after the other, in several rounds. What
+they say is to differ by less than 5%.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+
+import uvloop
+
+from benchmarks.load import Plan, run
+from benchmarks.peers.catalog import cache_folder, peers
+from benchmarks.peers.launch import ROOT, environment, tail
+from benchmarks.peers.measure import PROMPT, TOKENS
+from benchmarks.peers.peer import MODEL, PeerFailed, Running
+from benchmarks.peers.settings import SIMULATED
+from benchmarks.result import RESULTS, Commit, Machine, Record
+from benchmarks.rows import Row, table
+from benchmarks.workload import Workload
+from serving.source import SourceError
+
+PEER = "vllm-python"
+
+WITHIN = 0.05
+
+FIGURES = (
+    "request_throughput",
+    "output_throughput",
+    "median_ttft_ms",
+    "mean_tpot_ms",
+    "mean_itl_ms",
+    "median_e2el_ms",
+    "p99_e2el_ms",
+)
+"""Under the same names in both."""
+
+BENCH_S = 300.0
+"""Seconds that one run of `vllm bench serve` may take, most of them its start."""
+
+WORK = Workload(MODEL, PROMPT, TOKENS, ignore_eos=True)
+
+Figures = Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement(Record):
+    """What both said, round by round."""
+
+    ours: Sequence[Figures]
+    theirs: Sequence[Figures]
+
+    @property
+    def rows(self) -> list[Row]:
+        """Of each figure the medians over the rounds, and the median of the ratios within them."""
+        rows = []
+        for name in FIGURES:
+            mine, other = [each[name] for each in self.ours], [each[name] for each in self.theirs]
+            ratio = median(one / two for one, two in zip(mine, other, strict=True))
+            rows.append(Row(f"{name}, vllm bench serve", median(other), ""))
+            rows.append(Row(f"{name}, this generator", median(mine), ""))
+            agrees = abs(ratio - 1) < WITHIN
+            rows.append(Row("  ratio", ratio, "x", f"within {WITHIN:.0%} of 1", agrees))
+        return rows
+
+    def shown(self) -> Mapping[str, object]:
+        return {"ours": self.ours, "theirs": self.theirs, "ratios": [asdict(row) for row in self.rows]}
+
+    def table(self) -> str:
+        return table(self.rows)
+
+
+def ours(server: Running, streams: int, requests: int) -> Figures:
+    """What this generator says. Raises PeerFailed where an answer failed."""
+    plan = Plan(server.target, WORK, streams, requests=requests, warm_up=streams, expect_tokens=True)
+    result = uvloop.run(run(plan))
+    if result.failures:
+        raise PeerFailed(f"answers failed: {result.failures}")
+    return {name: value for name in FIGURES if (value := result.figures[name]) is not None}
+
+
+def theirs(server: Running, streams: int, requests: int, folder: Path) -> Figures:
+    """What `vllm bench serve` says. Raises PeerFailed."""
+    # In the form of a data set that it reads without a further library; the second value is not sent.
+    prompts = folder / "prompts.json"
+    spoken = [[f"{number:08d} {PROMPT}", PROMPT] for number in range(requests)]
+    prompts.write_text(json.dumps([{"conversations": [{"value": said} for said in each]} for each in spoken]))
+    options = {
+        "backend": "openai-chat",
+        "endpoint": "/v1/chat/completions",
+        "base-url": f"http://{server.target.authority}",
+        "model": MODEL,
+        "tokenizer": SIMULATED.folder(),
+        "dataset-name": "sharegpt",
+        "dataset-path": prompts,
+        "sharegpt-output-len": TOKENS,
+        "num-prompts": requests,
+        "num-warmups": streams,
+        "max-concurrency": streams,
+        "temperature": 0,
+        "percentile-metrics": "ttft,tpot,itl,e2el",
+        "metric-percentiles": "99",
+        "result-dir": folder,
+        "result-filename": "theirs.json",
+    }
+    command = [sys.executable, "-m", "benchmarks.peers.command", "bench", "serve"]
+    command += [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    command += ["--ignore-eos", "--save-result", "--disable-tqdm"]
+    log = folder / "bench.log"
+    try:
+        with log.open("wb") as output:
+            subprocess.run(
+                command,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                cwd=ROOT,
+                env=environment(),
+                timeout=BENCH_S,
+                check=True,
+            )
+    except subprocess.SubprocessError as error:
+        raise PeerFailed(f"{error}:\n{tail(log)}") from error
+    told = json.loads((folder / "theirs.json").read_text())
+    return {name: told[name] for name in FIGURES}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command. 0: they agree. 1: they do not. 2: it could not run."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = _parser().parse_args(arguments)
+    agreement = Agreement(
+        name="agreement",
+        started=datetime.now(UTC),
+        command=shlex.join(["python", "-m", "benchmarks.agreement", *arguments]),
+        commit=Commit.here(),
+        machine=Machine.here(),
+        workload={
+            **asdict(WORK),
+            "server": options.peer,
+            "streams": options.streams,
+            "requests": options.requests,
+        },
+        ours=[],
+        theirs=[],
+    )
+    peer = peers()[options.peer]
+    try:
+        peer.prepare(cache_folder())
+        with TemporaryDirectory(prefix="bench-") as folder, peer.running(Path(folder)) as server:
+            for _ in range(options.rounds):
+                their = theirs(server, options.streams, options.requests, Path(folder))
+                mine = ours(server, options.streams, options.requests)
+                agreement = replace(
+                    agreement, ours=[*agreement.ours, mine], theirs=[*agreement.theirs, their]
+                )
+    except (PeerFailed, SourceError, OSError) as error:
+        print(f"benchmarks.agreement: {error}", file=sys.stderr)
+        return 2
+    print(f"{agreement.table()}\n\nwritten to {agreement.write(options.results)}")
+    return 0 if all(row.met is not False for row in agreement.rows) else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.agreement",
+        description="Loads one server with this generator and with `vllm bench serve` in turns, and prints "
+        "what both say. Exit status: 0 if they agree within 5%, 1 if not, 2 if it could not run.",
+    )
+    add = parser.add_argument
+    add("--peer", choices=peers(), default=PEER, metavar="NAME", help="the server to load (%(default)s)")
+    add("--streams", type=int, default=16, metavar="N", help="requests in flight at once (%(default)s)")
+    add("--requests", type=int, default=160, metavar="N", help="in each run (%(default)s)")
+    add("--rounds", type=int, default=3, metavar="N", help="runs of each (%(default)s)")
+    where = "folder of the result (benchmarks/results)"
+    add("--results", type=Path, default=RESULTS, metavar="DIR", help=where)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
