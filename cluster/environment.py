@@ -21,6 +21,8 @@ LEAST_SECRET = 16
 OWN_RAY = {
     # When a worker dies, Ray ends what it has started.
     "RAY_process_group_cleanup_enabled": "1",
+    # By default every worker gives way to all else on the machine, as a batch job would.
+    "RAY_worker_niceness": "0",
     # The raylet asks for its object store before that is there; by default it then waits for a whole second.
     "RAY_raylet_client_connect_timeout_milliseconds": "20",
     "RAY_raylet_client_num_connect_attempts": "500",
