@@ -23,15 +23,16 @@ inputs := pyproject.toml deploy/setup.sh $(addprefix $(requirements)/,$(ACCELERA
 test_folders := $(filter-out tests/__pycache__/ tests/end_to_end/,$(wildcard tests/*/))
 tests = $(wildcard tests/test_*.py) $(test_folders) $(wildcard tests/end_to_end/)
 
-.PHONY: help serve test test-all lint bench pins clean
+.PHONY: help serve test test-all lint bench bench-peers pins clean
 
 help: ## This list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
 	@echo
 	@echo '  CONFIG=path        the configuration to serve (deploy/local.yaml)'
 	@echo '  PORT=n             listen on this port instead of the configured one'
 	@echo '  ACCELERATOR=cpu    or gpu; gpu where nvidia-smi finds one. They exclude each other in one .venv'
 	@echo '  ONLY=names         the promises that make bench measures; benchmarks/README.md has their names'
+	@echo '  PEERS_OPTIONS=...  for make bench-peers: --rounds 1, --peers trunkline vllm-rust, and others'
 	@echo '  PYTHON=path        the Python 3.11 or 3.12 to make .venv with'
 
 # exec: the server stands where the recipe's shell stood, so that signals meant for it reach it.
@@ -51,6 +52,9 @@ lint: $(ready)-dev ## Set up, then ruff (format, rules) and mypy --strict
 
 bench: $(ready) ## Set up, then measure each time and size that was promised
 	$(bin)/python -m benchmarks.promises $(if $(ONLY),--only $(ONLY))
+
+bench-peers: $(ready)-dev ## Set up, then measure Trunkline beside its peers, for about an hour
+	$(bin)/python -m benchmarks.peers $(PEERS_OPTIONS)
 
 $(ready): $(inputs)
 	@deploy/setup.sh $(ACCELERATOR)

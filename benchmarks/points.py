@@ -19,7 +19,7 @@ from benchmarks.load import Plan, allow_files, run
 from benchmarks.processes import NoProcess, Process, descendants, lives, resident
 from benchmarks.result import Outcome
 from benchmarks.rows import Row, under, whole
-from benchmarks.server import RAY_UP, READY, Server, ServerFailed
+from benchmarks.server import RAY_STARTS, RAY_UP, READY, Server, ServerFailed
 from benchmarks.workload import Workload
 
 SMOLLM = "smollm2-135m-instruct"
@@ -60,7 +60,33 @@ async def start(server: Server) -> list[Row]:
     """How long the whole takes to start."""
     moments = {"Ray is up": RAY_UP, "echo is ready": f"model {ECHO} ready"}
     moments |= {"SmolLM2 is ready": f"model {SMOLLM} ready", "everything answers": READY}
-    return [Row(f"{name} after", server.said(words) - server.began, "s") for name, words in moments.items()]
+    rows = [Row(f"{name} after", server.said(words) - server.began, "s") for name, words in moments.items()]
+    return [*rows, *way_to_the_engine(server), Row("its first answer then takes", await first(server), "s")]
+
+
+def way_to_the_engine(server: Server) -> Iterator[Row]:
+    """The time to SmolLM2's being ready, piece by piece; all but two of them are ours."""
+    starts, _ = server.logged(SMOLLM, "engine starts")
+    ready, engine = server.logged(SMOLLM, "engine ready")
+    ray_starts, ray_up, answers = map(server.said, (RAY_STARTS, RAY_UP, READY))
+    pieces = {
+        "the command's imports and checks": ray_starts - server.began,
+        "Ray's start": ray_up - ray_starts,
+        "the replica's process": starts - ray_up,
+        "vLLM's import": engine["import_s"],
+        "the engine's start": engine["start_s"],
+        "the replica's and the router's word of it": answers - ready,
+    }
+    for name, seconds in pieces.items():
+        yield Row(f"of it {name}", seconds, "s")
+    ours = answers - server.began - engine["import_s"] - engine["start_s"]
+    yield under("all but vLLM's import and the engine's start", ours, "s", 10)
+
+
+async def first(server: Server) -> float:
+    """Seconds until a short request is answered."""
+    asked = perf_counter()
+    return await answered_again(server) - asked
 
 
 async def router(server: Server) -> list[Row]:

@@ -6,6 +6,7 @@ on the machine: only processes of the session are ever looked at or killed.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -15,10 +16,12 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from threading import Event, Thread
 from time import perf_counter
+from typing import Any
 
 from benchmarks.client import Target
 from benchmarks.processes import Process, session
@@ -28,6 +31,9 @@ TRUNKLINE = Path(sys.executable).with_name("trunkline")
 
 READY = "Ctrl-C ends it."
 """What `trunkline serve` says last, once everything answers."""
+
+RAY_STARTS = "starting Ray"
+"""What it says when everything is checked and ready to be started."""
 
 RAY_UP = "starting the deployments"
 """What it says when Ray runs."""
@@ -110,6 +116,17 @@ class Server:
             if words in line:
                 return moment
         raise ServerFailed(f"it never said {words!r}; it said:\n{self.output}")
+
+    def logged(self, model: str, event: str) -> tuple[float, dict[str, Any]]:
+        """When a model's replica first logged an event, and what with it. Raises ServerFailed."""
+        folder = re.search(r"logs are in (\S+)", self.output)
+        files = Path(folder[1]).glob(f"replica-{model}-*.jsonl") if folder else ()
+        for line in (line for file in files for line in file.read_text().splitlines()):
+            entry = json.loads(line)
+            if entry["event"] == event:
+                ago = time.time() - datetime.fromisoformat(entry["timestamp"]).timestamp()
+                return perf_counter() - ago, entry
+        raise ServerFailed(f"the replica of {model} never logged {event!r}; the server said:\n{self.output}")
 
     def gauges(self, model: str, *names: str) -> list[float]:
         """Of each metric the sum of a model's samples over the deployment, by one scrape. Raises OSError."""

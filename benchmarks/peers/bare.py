@@ -17,7 +17,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
@@ -64,8 +64,9 @@ class Bare:
 
     def _ask(self, question: object) -> Any:
         assert self._process.stdin is not None  # noqa: S101 - it is a pipe
-        self._process.stdin.write(json.dumps(question).encode() + b"\n")
-        self._process.stdin.flush()
+        with suppress(BrokenPipeError):  # it has ended, as the missing answer says
+            self._process.stdin.write(json.dumps(question).encode() + b"\n")
+            self._process.stdin.flush()
         return self._answer()
 
     def _answer(self) -> Any:
@@ -95,7 +96,8 @@ def running(engine: Engine, folder: Path) -> Iterator[Bare]:
         bare = Bare(process, log)
         bare.wait_ready()
         yield bare
-        process.communicate(timeout=STOP_S)
+        with suppress(subprocess.TimeoutExpired):
+            process.communicate(timeout=STOP_S)
     finally:
         kill_session(process.pid)
         process.wait()

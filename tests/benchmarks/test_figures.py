@@ -55,6 +55,19 @@ def test_a_busy_generator_marks_its_run() -> None:
     assert not GeneratorCost.of(6.0, 10.0, answers).bounded
 
 
+def test_a_late_generator_marks_its_run() -> None:
+    """Over 5 ms late at p99 the run counts as bounded by it too; one with no moment to keep is not in."""
+    answers = [answered(0.1, [], 1) for _ in range(102)]
+    for number, answer in enumerate(answers[1:]):
+        answer.lag = number / 20_000  # 0 to 5 ms
+    cost = GeneratorCost.of(1.0, 10.0, answers)
+    assert cost.median_send_lag_ms == pytest.approx(2.5)
+    assert cost.p99_send_lag_ms == pytest.approx(4.95)
+    assert not cost.bounded
+    answers[-1].lag = answers[-2].lag = 0.006
+    assert GeneratorCost.of(1.0, 10.0, answers).bounded
+
+
 def test_the_most_streams_at_once() -> None:
     """A stream counts from its first text to its end; one that begins as another ends is not beside it."""
     early, late = answered(0.5, [1.0], 2), answered(1.0, [2.0], 2)  # 0.5 to 1.5, and 1 to 3

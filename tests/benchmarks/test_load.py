@@ -10,7 +10,9 @@ import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 import pytest
@@ -189,6 +191,78 @@ async def test_the_warm_up_does_not_count(serve: Serve) -> None:
     assert result.figures["completed"] == 10
     assert len(peer.asked) == 14
     assert peer.connections == 2
+
+
+async def test_a_run_by_duration_ends_with_a_whole_round(serve: Serve) -> None:
+    """However streams' answers fall, as many requests are sent as streams make in whole rounds."""
+
+    async def uneven(asked: Asked) -> None:
+        await asyncio.sleep(0.01 * (1 + asked.number % 3))
+        await good(asked)
+
+    result = await loaded(await serve(uneven), streams=7, requests=None, duration=0.2)
+    assert number(result, "completed") > 7
+    assert number(result, "completed") % 7 == 0
+
+
+# ---- open loop -----------------------------------------------------------------------------------------
+
+
+async def test_requests_are_due_at_random_moments_that_a_seed_repeats(serve: Serve) -> None:
+    """Arrivals come at the rate, with gaps that vary, and are the same for the same seed alone."""
+    peer = await serve(good)
+
+    def arrivals(seed: int) -> list[float]:
+        wanted = plan(peer, rate=100.0, seed=seed, requests=2000)
+        return [due for _, due in load._arrivals(wanted, 100.0, started=50.0)]
+
+    moments = arrivals(1)
+    gaps = [later - earlier for earlier, later in pairwise([50.0, *moments])]
+    assert len(moments) == 2000
+    assert min(gaps) > 0
+    assert fmean(gaps) == pytest.approx(0.01, rel=0.1)
+    assert stdev(gaps) == pytest.approx(0.01, rel=0.15), "a Poisson process: gaps vary as much as they last"
+    assert arrivals(1) == moments != arrivals(2)
+
+
+async def test_an_open_loop_asks_no_less_of_a_slow_server(serve: Serve) -> None:
+    """Requests begin when they are due, whatever has been answered, over no more connections than needed."""
+
+    async def slow(asked: Asked) -> None:
+        await asyncio.sleep(0.5)
+        await good(asked)
+
+    peer = await serve(slow)
+    result = await loaded(peer, streams=200, requests=None, rate=200.0, duration=0.4)
+    sent = number(result, "completed")
+    assert 40 <= sent <= 160
+    assert number(result, "max_streaming") <= sent
+    assert peer.connections == sent, "none was free again"
+    assert number(result, "duration") < 2
+
+
+async def test_latency_counts_from_when_a_request_was_due(serve: Serve) -> None:
+    """A request that waits for a stream of the generator is late: the wait is in its latency and in the lag,
+    and the run is marked."""
+
+    async def slow(asked: Asked) -> None:
+        await asyncio.sleep(0.1)
+        await good(asked)
+
+    result = await loaded(await serve(slow), streams=1, requests=8, rate=1000.0)
+    assert number(result, "median_ttft_ms") > 300
+    assert number(result, "p99_ttft_ms") > 700
+    assert result.generator.p99_send_lag_ms == pytest.approx(number(result, "p99_ttft_ms") - 100, rel=0.2)
+    assert result.generator.bounded
+
+
+async def test_a_free_stream_sends_at_once(serve: Serve) -> None:
+    """In a closed loop the lag is from an answer's end to the next request, and a first one has none."""
+    peer = await serve(good)
+    result = await loaded(peer, streams=4, requests=200)
+    assert result.generator.median_send_lag_ms is not None
+    assert result.generator.median_send_lag_ms < 5
+    assert (await loaded(peer, streams=4, requests=4)).generator.p99_send_lag_ms is None
 
 
 # ---- torn and odd streams -----------------------------------------------------------------------------
@@ -457,6 +531,7 @@ REFUSED = {
     "--timeout nan": "--timeout is nan; more than 0 is needed",
     "--warm-up -1": "--warm-up is -1; at least 0 is needed",
     "--results /dev/null": "File exists: '/dev/null'",
+    "--rate 0": "--rate is 0.0; more than 0 is needed",
     "--streams 5": "--requests 4 would leave some of --streams 5 without work",
     "--server-pid 4194305": "no process with the id 4194305",  # above the highest id that Linux gives
     "--server-port 0": "no process of this user listens on port 0",
