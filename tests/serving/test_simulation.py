@@ -29,7 +29,7 @@ from serving.simulation.executor import SimulatedExecutor
 from serving.simulation.metrics import SimulationMetrics
 from serving.vllm_engine import configuration
 from tests.serving import replayed
-from tests.serving.asking import answer, chat, greedy, idle, running, text
+from tests.serving.asking import answer, chat, engine_processes, greedy, idle, running, text
 
 NUMBERED = [f"Answer {number}: " + " ".join([str(number)] * 40) for number in range(50)]
 MARKED = "<think>Trains? é😀</think><tool_call>\n{}\n</tool_call><|im_start|>"
@@ -56,19 +56,13 @@ pytestmark = pytest.mark.filterwarnings("default")
 on_the_engines_loop = pytest.mark.asyncio(loop_scope="module")
 
 
-def processes() -> set[psutil.Process]:
-    """This process's children and theirs, without Python's own."""
-    children = psutil.Process().children(recursive=True)
-    return {child for child in children if "resource_tracker" not in " ".join(child.cmdline())}
-
-
 class Replay:
     """vLLM with an accelerator that takes no time and says ANSWERS."""
 
     def __init__(self, config: VllmConfig) -> None:
-        others = processes()
+        others = set(engine_processes())
         self.llm = AsyncLLM.from_vllm_config(config, disable_log_stats=False)
-        self.processes = processes() - others
+        self.processes = set(engine_processes()) - others
         self.tokenizer: Any = self.llm.get_tokenizer()
 
     async def generate(self, request: str, prompt: list[int] = PROMPT, **sampling: Any) -> RequestOutput:
