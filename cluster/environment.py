@@ -23,9 +23,6 @@ OWN_RAY = {
     "RAY_process_group_cleanup_enabled": "1",
     # By default every worker gives way to all else on the machine, as a batch job would.
     "RAY_worker_niceness": "0",
-    # The raylet asks for its object store before that is there; by default it then waits for a whole second.
-    "RAY_raylet_client_connect_timeout_milliseconds": "20",
-    "RAY_raylet_client_num_connect_attempts": "500",
     # What follows is work that Ray does while nothing happens. Serve's controller looks at everything, and
     # asks for every node, ten times a second.
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.2",

@@ -35,8 +35,8 @@ KNOCK_S = 0.2
 STOP_S = 60.0
 """Seconds that an end may take before what is left is killed."""
 
-ENGINE_CORE = {"VLLM::EngineCore": "engine core"}
-"""What vLLM calls the process of its scheduler."""
+ENGINE_CORE = {"VLLM::EngineCore": "engine core", "VLLM::Worker": "workers"}
+"""What vLLM calls the processes of its scheduler and, where the model is real, of the model."""
 
 _TAIL = 3000
 _FOREIGN = ("PYTHON", "VLLM_", "RAY_", "RAYLLM_", "LITELLM_")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from benchmarks.peers.comparison import Comparison
-from benchmarks.peers.table import FLOOR, OURS, STREAMS
+from benchmarks.peers.table import FLOOR, OURS
 from benchmarks.peers.turns import Turns
 
 PANELS = {
@@ -58,7 +59,7 @@ def plot(record: Comparison, path: Path) -> None:
             axes.set_title(title)
             for peer in turns.peers:
                 _line(axes, turns, peer, name, colours[peer], titles[peer])
-            _scales(axes)
+            _scales(axes, turns.streams)
         figure.suptitle(_subtitle(record), x=0.012, ha="left", fontsize=10, color=MUTED)
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="lower left", ncols=4, frameon=False, bbox_to_anchor=(0.004, 0.0))
@@ -74,7 +75,7 @@ def _subtitle(record: Comparison) -> str:
 
 
 def _line(axes: Axes, turns: Turns, peer: str, name: str, colour: str, label: str) -> None:
-    each = {int(point): list(turns.each(peer, point, name).values()) for point in STREAMS}
+    each = {int(point): list(turns.each(peer, point, name).values()) for point in turns.streams}
     streams = [at for at, values in each.items() if values]
     if not streams:
         return
@@ -101,10 +102,10 @@ def _line(axes: Axes, turns: Turns, peer: str, name: str, colour: str, label: st
     )
 
 
-def _scales(axes: Axes) -> None:
+def _scales(axes: Axes, streams: Sequence[str]) -> None:
     axes.set_xscale("log", base=4)
     axes.set_yscale("log")
-    axes.set_xticks([int(point) for point in STREAMS])
+    axes.set_xticks([int(point) for point in streams])
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_minor_locator(NullLocator())

@@ -11,9 +11,6 @@ from benchmarks.rows import Row, shown
 OURS = "trunkline"
 FLOOR = "bare"
 
-STREAMS = ("1", "16", "64", "256", "1024")
-LOADS = (*STREAMS, "half")
-
 Cell = Callable[[Turns, str], str]
 
 
@@ -68,53 +65,60 @@ def _at(points: Sequence[str], cell: Callable[[str], Cell]) -> dict[str, Cell]:
     return {point: cell(point) for point in points}
 
 
-SECTIONS = (
-    Section(
-        "CPU us per streamed token, all processes", _at(LOADS, lambda at: _plain(at, "cpu_us_per_token"))
-    ),
-    Section("of it the engine core", _at(LOADS, lambda at: _plain(at, "cpu_us_per_token/engine core"))),
-    Section("tokens/s", _at(LOADS, lambda at: _plain(at, "output_throughput"))),
-    Section("TTFT ms, p50 / p95 / p99", _at(("first", *LOADS), lambda at: _percentiles(at, "ttft"))),
-    Section("ITL ms, p50 / p95 / p99", _at(LOADS, lambda at: _percentiles(at, "itl"))),
-    Section(
-        "whole answers of one token",
-        {
-            "requests/s": _plain("whole", "request_throughput"),
-            "CPU us each": _plain("whole", "cpu_us_per_request"),
-            "engine core": _plain("whole", "cpu_us_per_request/engine core"),
-            "ms, p50 / p95 / p99": _percentiles("whole", "e2el"),
-        },
-    ),
-    Section(
-        "resident memory",
-        {
-            "idle MB": _plain("idle", "idle_bytes", 1e-6),
-            "kB per stream": _plain("1024", "stream_bytes", 1e-3),
-            "router, idle MB": _plain("idle", "idle_bytes/router", 1e-6),
-            "router, kB per stream": _plain("1024", "stream_bytes/router", 1e-3),
-        },
-    ),
-    Section(
-        "% of its time with work that the accelerator waited for the host",
-        _at(LOADS, lambda at: _plain(at, "late_share", 100.0)),
-    ),
-    Section("load generator, of a core / ms late at p99", _at((*LOADS, "whole"), _generator)),
-    Section(
-        "over Trunkline's: median (least to most) of the rounds",
-        {
-            "CPU/token, 64": _to_ours("64", "cpu_us_per_token"),
-            "tokens/s, 256": _to_ours("256", "output_throughput"),
-            "tokens/s, 1024": _to_ours("1024", "output_throughput"),
-            "CPU, whole": _to_ours("whole", "cpu_us_per_request"),
-            "requests/s, whole": _to_ours("whole", "request_throughput"),
-        },
-    ),
+WHOLE = Section(
+    "whole answers of one token",
+    {
+        "requests/s": _plain("whole", "request_throughput"),
+        "CPU us each": _plain("whole", "cpu_us_per_request"),
+        "engine core": _plain("whole", "cpu_us_per_request/engine core"),
+        "ms, p50 / p95 / p99": _percentiles("whole", "e2el"),
+    },
 )
+
+MEMORY = Section(
+    "resident memory",
+    {
+        "idle MB": _plain("idle", "idle_bytes", 1e-6),
+        "kB per stream": _plain("1024", "stream_bytes", 1e-3),
+        "router, idle MB": _plain("idle", "idle_bytes/router", 1e-6),
+        "router, kB per stream": _plain("1024", "stream_bytes/router", 1e-3),
+    },
+)
+
+RATIOS = Section(
+    "over Trunkline's: median (least to most) of the rounds",
+    {
+        "CPU/token, 64": _to_ours("64", "cpu_us_per_token"),
+        "tokens/s, 256": _to_ours("256", "output_throughput"),
+        "tokens/s, 1024": _to_ours("1024", "output_throughput"),
+        "CPU, whole": _to_ours("whole", "cpu_us_per_request"),
+        "requests/s, whole": _to_ours("whole", "request_throughput"),
+    },
+)
+
+
+def _sections(streams: Sequence[str]) -> Iterator[Section]:
+    loads = (*streams, "half")
+    yield Section(
+        "CPU us per streamed token, all processes", _at(loads, lambda at: _plain(at, "cpu_us_per_token"))
+    )
+    yield Section("of it the engine core", _at(loads, lambda at: _plain(at, "cpu_us_per_token/engine core")))
+    yield Section("tokens/s", _at(loads, lambda at: _plain(at, "output_throughput")))
+    yield Section("TTFT ms, p50 / p95 / p99", _at(("first", *loads), lambda at: _percentiles(at, "ttft")))
+    yield Section("ITL ms, p50 / p95 / p99", _at(loads, lambda at: _percentiles(at, "itl")))
+    yield WHOLE
+    yield MEMORY
+    yield Section(
+        "% of its time with work that the accelerator waited for the host",
+        _at(loads, lambda at: _plain(at, "late_share", 100.0)),
+    )
+    yield Section("load generator, of a core / ms late at p99", _at((*loads, "whole"), _generator))
+    yield RATIOS
 
 
 def table(turns: Turns, titles: Mapping[str, str]) -> str:
     """All of it: medians over the rounds, a line for each peer in each section, and what is to be doubted."""
-    blocks = ["\n".join(_lines(section, turns, titles)) for section in SECTIONS]
+    blocks = ["\n".join(_lines(section, turns, titles)) for section in _sections(turns.streams)]
     blocks.append("\n".join("! " + doubt for doubt in turns.doubts()))
     return "\n\n".join(block for block in blocks if block)
 

@@ -51,6 +51,12 @@ class Turns:
         self._turns = turns
         self.peers = list(dict.fromkeys(turn.peer for turn in turns))
 
+    @property
+    def streams(self) -> list[str]:
+        """The points of so many streams in a closed loop, the fewest first."""
+        names = {name for turn in self._turns for name in turn.points if name.isdecimal()}
+        return sorted(names, key=int)
+
     def each(self, peer: str, point: str, figure: str) -> dict[int, float]:
         """A figure of a peer in each round that has it."""
         found = {}
