@@ -36,8 +36,8 @@ PEER = "vllm-python"
 WITHIN = 0.05
 
 ENGINE = replace(SIMULATED, step_ms=50)
-"""Ten times slower than where servers are compared: `vllm bench serve` takes 3 ms and more to send 16 requests at
-once, which would be a tenth of the time to the first token there."""
+"""Ten times slower than where servers are compared: `vllm bench serve` takes 3 ms and more to send 16
+requests at once, which would be a tenth of the time to the first token there."""
 
 FIGURES = (
     "request_throughput",
