@@ -22,12 +22,12 @@ async def test_a_real_model_answers(server: Server) -> None:
 
 async def test_models_serve_side_by_side(server: Server) -> None:
     """Two hosted models stream at once under their names, and neither waits for the other."""
-    slow = chat(SMOLLM, "Tell me a long story.", max_tokens=32, stream=True, ignore_eos=True)
+    slow = chat(SMOLLM, "Tell me a long story.", max_tokens=64, stream=True, ignore_eos=True)
     async with asking(server, slow) as story, asking(server, chat(ECHO, "a b c", stream=True)) as echo:
         await story.first()
         await echo.first()
-        assert not story.ended.done()
-        assert not echo.ended.done()
+        assert not story.ended.done(), story.body.decode()
+        assert not echo.ended.done(), echo.body.decode()
         await story.end()
         await echo.end()
     assert {chunk["model"] for chunk in story.chunks} == {SMOLLM}
