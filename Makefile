@@ -69,13 +69,18 @@ compile := $(bin)/uv pip compile --quiet --no-header --no-emit-index-url --no-em
 cpu_note := \# Installed with --no-deps. torchvision, torchaudio, torchcodec, triton and the CUDA libraries are left out on \
 	purpose: cpu.overrides.txt says why.
 
-pins: $(ready) ## Resolve pyproject.toml into deploy/requirements/{cpu,gpu,dev}.txt
+peers := benchmarks/peers/requirements
+
+pins: $(ready) ## Resolve pyproject.toml into deploy/requirements/{cpu,gpu,dev}.txt, and what the peers need
 	$(bin)/python -m pip install --quiet uv==0.9.30
 	$(compile) pyproject.toml --extra cpu --override $(requirements)/cpu.overrides.txt -o $(requirements)/cpu.txt
 	$(compile) pyproject.toml --extra gpu -o $(requirements)/gpu.txt
 	$(compile) --group pyproject.toml:dev -c $(requirements)/cpu.txt -c $(requirements)/gpu.txt -o $(requirements)/dev.txt
 	sed -i '1i # Made by `make pins`.' $(requirements)/{cpu,gpu,dev}.txt
 	sed -i '2i $(cpu_note)' $(requirements)/cpu.txt
+	for peer in litellm vllm-router; do $(compile) $(peers)/$$peer.in -o $(peers)/$$peer.txt || exit; done
+	$(compile) $(peers)/ray-serve-llm.in --override $(requirements)/cpu.overrides.txt \
+		--override $(peers)/overrides.txt -o $(peers)/ray-serve-llm.txt
 
 clean: ## Remove .venv and every cache; the checkout is as it was cloned
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis dist *.egg-info tests/artefacts
