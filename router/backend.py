@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any, Literal, NamedTuple, Protocol
@@ -12,8 +11,7 @@ import msgspec
 from pydantic import SecretStr
 
 from router.errors import ApiError, SlowReader
-from router.protocol import ChatRequest, TextRequest
-from serving import messages
+from serving.messages import Request
 
 State = Literal["ready", "loading", "stopped", "failed"]
 """Whether a request would be answered now."""
@@ -40,22 +38,12 @@ class Job(msgspec.Struct, frozen=True):
 
     key: str
     """Ours, unique."""
-    model: str
-    """The name that was asked for, in the catalog's case."""
-    request: ChatRequest | TextRequest
+    request: Request
+    """As a replica takes it."""
     data: dict[str, Any]
     """The JSON object that the request was read from."""
     provider_key: SecretStr | None = None
     """The caller's own key for an upstream provider."""
-    role_in_every_chunk: bool = False
-    created: int = msgspec.field(default_factory=lambda: int(time.time()))
-    """Unix seconds."""
-
-    def message(self) -> messages.Request:
-        """The request as a replica takes it."""
-        return self.request.to_message(
-            self.key, self.model, self.created, role_in_every_chunk=self.role_in_every_chunk
-        )
 
 
 class Stream(Protocol):

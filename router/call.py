@@ -5,20 +5,17 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from time import perf_counter
+from typing import Any, Self
 
-import structlog
 from pydantic import SecretStr
 from starlette.types import Receive, Scope
 
 from router.backend import Piece, Stream
 from router.errors import ApiError, BodyTooLarge, RequestTimeout, TotalTimeout, UnsupportedMediaType
-from router.http import EXCHANGE, Exchange
+from router.http import EXCHANGE, Exchange, header_line
 from router.metrics import ModelMetrics, Outcome, RequestMetrics, RouterMetrics
-
-log = structlog.get_logger("router.requests")
 
 _CALLERS_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 
@@ -27,8 +24,10 @@ LAST_EVENT_S = 1.0
 
 Header = tuple[bytes, bytes]
 
-_JSON = (b"content-type", b"application/json")
-_EVENTS = ((b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"))
+_JSON = header_line("content-type", "application/json")
+_EVENTS = header_line("content-type", "text/event-stream; charset=utf-8") + header_line(
+    "cache-control", "no-cache"
+)
 
 
 class ClientLeft(Exception):
@@ -54,6 +53,48 @@ def header(headers: Iterable[Header], name: bytes) -> bytes | None:
     return None
 
 
+class Interruptible:
+    """A block of work. Raises in it, wherever it waits: ClientLeft as soon as the client leaves, TotalTimeout
+    after so many seconds, and whatever `interrupt` is told."""
+
+    __slots__ = ("_exchange", "_late", "_task", "_total_s", "_why")
+
+    def __init__(self, exchange: Exchange, total_s: float) -> None:
+        self._exchange = exchange
+        self._total_s = total_s
+        self._task: asyncio.Task[Any] | None = None
+        """What is in the block."""
+        self._why: Exception | None = None
+
+    def __enter__(self) -> Self:
+        if self._exchange.disconnected:
+            raise ClientLeft
+        self._task = asyncio.current_task()
+        self._exchange.listen(self._left)
+        self._late = asyncio.get_running_loop().call_later(self._total_s, self._out_of_time)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        task, self._task = self._task, None
+        self._late.cancel()
+        self._exchange.listen(None)
+        # Who else has cancelled the task wants it to end, not the request.
+        if kind is asyncio.CancelledError and self._why and task and not task.uncancel():
+            raise self._why from None
+
+    def interrupt(self, why: Exception) -> None:
+        """End the work with an exception; the first one counts."""
+        if self._task is not None and self._why is None:
+            self._why = why
+            self._task.cancel()
+
+    def _left(self) -> None:
+        self.interrupt(ClientLeft())
+
+    def _out_of_time(self) -> None:
+        self.interrupt(TotalTimeout(self._total_s))
+
+
 class Call:
     """What one request is and what becomes of it. Tokens count when the client's socket has them."""
 
@@ -76,9 +117,6 @@ class Call:
         """When the answer's first bytes went out, its head before them."""
         self._stream: Stream | None = None
         self._tokens = 0
-        self._working: asyncio.Task[None] | None = None
-        """What an interruption ends."""
-        self._interruption: Exception | None = None
         # What holds until more is known: whatever ends the request now, its client got nothing.
         self._status = 499
         self._outcome: Outcome = "cancelled"
@@ -128,51 +166,23 @@ class Call:
         self.model = model
         self._metrics = metrics.started(self.began)
 
-    @contextmanager
-    def interruptible(self, total_s: float) -> Iterator[None]:
-        """Raises in the block, wherever it waits: ClientLeft as soon as the client leaves, TotalTimeout after
-        so many seconds, and whatever `interrupt` is told."""
-        if self._exchange.disconnected:
-            raise ClientLeft
-        task = self._working = asyncio.current_task()
-        self._exchange.listen(self._left)
-        late = asyncio.get_running_loop().call_later(total_s, self._late, total_s)
-        try:
-            yield
-        except asyncio.CancelledError:
-            # Who else has cancelled the task wants it to end, not the request.
-            if self._interruption is None or task is None or task.uncancel():
-                raise
-            raise self._interruption from None
-        finally:
-            late.cancel()
-            self._exchange.listen(None)
-            self._working = None
-
-    def interrupt(self, why: Exception) -> None:
-        """End the work on the request with an exception; the first one counts."""
-        if self._working is not None and self._interruption is None:
-            self._interruption = why
-            self._working.cancel()
-
-    def _left(self) -> None:
-        self.interrupt(ClientLeft())
-
-    def _late(self, total_s: float) -> None:
-        self.interrupt(TotalTimeout(total_s))
+    def interruptible(self, total_s: float) -> Interruptible:
+        """A block of work on the request, of at most so many seconds."""
+        return Interruptible(self._exchange, total_s)
 
     def tried(self, stream: Stream) -> None:
         """A replica was asked; where several were, the last one answers for the request."""
         self._stream = stream
 
-    async def answer(self, stream: Stream) -> None:
-        """Hand everything that the stream brings to the client. Raises what ends it early."""
+    async def answer(self, stream: Stream, work: Interruptible) -> None:
+        """Hand everything that the stream brings to the client, in a block of work. Raises what ends it
+        early."""
         exchange = self._exchange
         piece = await stream.read()
         await exchange.drain()
         self._begin(piece)
         if not piece.last:
-            stream.overflowed, stream.direct = self.interrupt, self._hand_over
+            stream.overflowed, stream.direct = work.interrupt, self._hand_over
         while not piece.last:
             piece = await stream.read()
             await exchange.drain()
@@ -181,11 +191,10 @@ class Call:
         self._outcome = "completed"
 
     def _begin(self, piece: Piece) -> None:
-        headers = (*(_EVENTS if self.streamed else (_JSON,)), self._id_header())
         if self.streamed:
-            self._exchange.begin(200, headers, piece.data, more=not piece.last)
+            self._exchange.begin(200, _EVENTS + self._id_line(), piece.data, more=not piece.last)
         else:
-            self._exchange.respond(200, headers, piece.data)
+            self._exchange.respond(200, _JSON + self._id_line(), piece.data)
         self._status = 200
         self._first_bytes_at = perf_counter()
         # A provider tells at the end how many there were.
@@ -229,13 +238,13 @@ class Call:
             # The rest of the body may never come. That of one which is too long does, and is dropped for a
             # while: to close now would reset the connection, and a client that still sends would not see why.
             exchange.be_last()
-        own = [(name.encode(), value.encode()) for name, value in error.headers.items()]
+        own = b"".join(header_line(*header) for header in error.headers.items())
         await exchange.drain()
-        exchange.respond(error.status, (_JSON, self._id_header(), *own), error.body())
+        exchange.respond(error.status, _JSON + self._id_line() + own, error.body())
         self._status = error.status
 
-    def finish(self) -> None:
-        """Count the request and write its line in the log. To be called once, at the end."""
+    def finish(self, log: Any) -> None:
+        """Count the request and write its line in a log. To be called once, at the end."""
         now = perf_counter()
         if self._outcome == "cancelled":
             self._status = 499  # whatever its client was sent before it left
@@ -245,9 +254,9 @@ class Call:
             self._metrics.finished(self._outcome, self._status, now)
         else:
             self._router_metrics.refused(self._status)
-        self._log(now)
+        self._write_line(log, now)
 
-    def _log(self, now: float) -> None:
+    def _write_line(self, log: Any, now: float) -> None:
         agent = header(self._headers, b"user-agent")
         stream = self._stream
         log.info(
@@ -268,8 +277,8 @@ class Call:
             user_agent=agent.decode("latin-1")[:200] if agent else None,
         )
 
-    def _id_header(self) -> Header:
-        return b"x-request-id", self.request_id.encode()
+    def _id_line(self) -> bytes:
+        return header_line("x-request-id", self.request_id)
 
 
 def _is_json(media_type: bytes | None) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import closing
+from time import time
 from typing import Any, NamedTuple
 
 import structlog
@@ -14,9 +15,11 @@ from router.call import Call, ClientLeft
 from router.catalog import Catalog
 from router.errors import ApiError, InternalError, ReplicaLost, ShuttingDown, WrongEndpoint
 from router.metrics import RouterMetrics
-from router.protocol import ChatRequest, TextRequest, model_name, parse_chat, parse_text, read_json
+from router.protocol import model_name, read_json
+from router.reading import read_chat, read_text
 from router.settings import ModelSettings, RouterSettings
 from router.trunk import Lost
+from serving.messages import Request
 
 log = structlog.get_logger(__name__)
 
@@ -24,14 +27,16 @@ log = structlog.get_logger(__name__)
 class Endpoint(NamedTuple):
     """One of the paths that answer with tokens."""
 
-    parse: Callable[[dict[str, Any], ModelSettings], ChatRequest | TextRequest]
+    read: Callable[[dict[str, Any], ModelSettings, str, str, int], Request]
     flag: str
     """What a model's card calls it that the model answers here."""
+    prefix: str
+    """What the id of an answer begins with."""
 
 
 ENDPOINTS = {
-    "/v1/chat/completions": Endpoint(parse_chat, "is_chat"),
-    "/v1/completions": Endpoint(parse_text, "is_text"),
+    "/v1/chat/completions": Endpoint(read_chat, "is_chat", "chatcmpl-"),
+    "/v1/completions": Endpoint(read_text, "is_text", "cmpl-"),
 }
 
 
@@ -43,6 +48,8 @@ class Completions:
         self._catalog = catalog
         self._settings = settings
         self._metrics = metrics
+        # Bound once: one that is not is looked up anew for each line.
+        self._requests = structlog.get_logger("router.requests").bind()
 
     async def __call__(self, scope: Scope, receive: Receive, _send: Send) -> None:
         call = Call(scope, receive, self._metrics)
@@ -58,7 +65,7 @@ class Completions:
             log.exception("request failed", request_id=call.request_id, key=call.key)
             await call.fail(InternalError())
         finally:
-            call.finish()
+            call.finish(self._requests)
 
     async def _complete(self, call: Call) -> None:
         if self.draining:
@@ -70,21 +77,14 @@ class Completions:
         endpoint = ENDPOINTS[call.path]
         if not getattr(model.settings.card, endpoint.flag):
             raise WrongEndpoint(name, endpoint.flag)
-        request = endpoint.parse(data, model.settings)
+        request = endpoint.read(data, model.settings, endpoint.prefix + call.key, name, int(time()))
         call.streamed = request.stream
-        job = Job(
-            key=call.key,
-            model=name,
-            request=request,
-            data=data,
-            provider_key=call.provider_key,
-            role_in_every_chunk=model.settings.stream_role == "every",
-        )
+        job = Job(call.key, request, data, call.provider_key)
         timeouts = model.settings.timeouts
         with (
-            call.interruptible(timeouts.total_s),
+            call.interruptible(timeouts.total_s) as work,
             closing(await model.admission.admit(request.sequences, timeouts.queue_s)),
             closing(await model.backend.generate(job, timeouts.queue_s, call.tried)) as stream,
         ):
             del data, request, job  # a long conversation need not be held for as long as its answer takes
-            await call.answer(stream)
+            await call.answer(stream, work)

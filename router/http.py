@@ -11,7 +11,7 @@ from __future__ import annotations
 import select
 import uuid
 from asyncio import BaseTransport, TimerHandle, Transport
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
@@ -34,8 +34,6 @@ of a client that is still sending, and it would not see why."""
 
 PEER_S = 0.5
 """Seconds between two looks whether a client that is not being read is still there."""
-
-Headers = Iterable[tuple[bytes, bytes]]
 
 
 def uvicorn_server(application: ASGIApp, limits: Limits, timeouts: Timeouts) -> uvicorn.Server:
@@ -65,6 +63,7 @@ class Exchange:
 
     An answer is one `respond`, or a `begin` and as many `write`s as there are pieces after the first. Between
     two of them `drain` waits until the client has taken enough; nothing else bounds what waits for it.
+    Headers are lines, as `header_line` makes them.
     """
 
     __slots__ = ("_connection", "_cycle", "_flow", "_left", "_transport")
@@ -115,18 +114,18 @@ class Exchange:
 
     # The answer.
 
-    def respond(self, status: int, headers: Headers, body: bytes) -> None:
+    def respond(self, status: int, headers: bytes, body: bytes) -> None:
         """Write a whole answer and how long it is."""
         if not self._cycle.disconnected:
-            length = (b"content-length", b"%d" % len(body))
-            self._transport.write(self._head(status, (*headers, length)) + body)
+            head = self._head(status, headers)
+            self._transport.write(b"%bcontent-length: %d\r\n\r\n%b" % (head, len(body), body))
             self._complete()
 
-    def begin(self, status: int, headers: Headers, data: bytes, *, more: bool) -> None:
+    def begin(self, status: int, headers: bytes, data: bytes, *, more: bool) -> None:
         """Write the head of an answer of unknown length, and its first piece."""
         if not self._cycle.disconnected:
-            head = self._head(status, (*headers, (b"transfer-encoding", b"chunked")))
-            self._transport.write(head + _chunk(data, more=more))
+            head = self._head(status, headers)
+            self._transport.write(b"%btransfer-encoding: chunked\r\n\r\n%b" % (head, _chunk(data, more=more)))
             if not more:
                 self._complete()
 
@@ -159,12 +158,11 @@ class Exchange:
 
         connection.loop.call_later(after_s, drop)
 
-    def _head(self, status: int, headers: Headers) -> bytes:
+    def _head(self, status: int, headers: bytes) -> bytes:
+        """The head of an answer, but for how long it is and its end."""
         cycle = self._cycle
         cycle.response_started = True
-        if not cycle.keep_alive:
-            headers = (*headers, (b"connection", b"close"))
-        return _head(status, (*self._connection.server_state.default_headers, *headers))
+        return _head(status, self._connection, headers if cycle.keep_alive else headers + _LAST)
 
     def _complete(self) -> None:
         cycle = self._cycle
@@ -289,15 +287,15 @@ class Connection(HttpToolsProtocol):
             return
         self._leave_unanswered()
         body = error.body()
-        headers = [
-            *self.server_state.default_headers,
-            (b"content-type", b"application/json"),
-            (b"content-length", b"%d" % len(body)),
-            (b"connection", b"close"),
-            (b"x-request-id", uuid.uuid4().hex.encode()),
-            *((name.encode(), value.encode()) for name, value in error.headers.items()),
-        ]
-        self.transport.write(_head(error.status, headers) + body)
+        headers = {
+            "content-type": "application/json",
+            "content-length": str(len(body)),
+            "connection": "close",
+            "x-request-id": uuid.uuid4().hex,
+            **error.headers,
+        }
+        lines = b"".join(header_line(*header) for header in headers.items())
+        self.transport.write(b"%b\r\n%b" % (_head(error.status, self, lines), body))
         self.transport.write_eof()
         self._ring_after(GOODBYE_S, self.transport.abort)
 
@@ -358,12 +356,18 @@ class Connection(HttpToolsProtocol):
                 self._ring_after(PEER_S, self._look_for_peer)
 
 
-def _head(status: int, headers: Headers) -> bytes:
-    lines = [STATUS_LINE[status]]
-    for name, value in headers:
-        lines += name, b": ", value, b"\r\n"
-    lines.append(b"\r\n")
-    return b"".join(lines)
+def header_line(name: str, value: str) -> bytes:
+    """A header as it is sent."""
+    return f"{name}: {value}\r\n".encode()
+
+
+_LAST = header_line("connection", "close")
+
+
+def _head(status: int, connection: Connection, headers: bytes) -> bytes:
+    """The first line of an answer, what the server says in each, and these headers."""
+    common = [b"%b: %b\r\n" % header for header in connection.server_state.default_headers]
+    return b"".join((STATUS_LINE[status], *common, headers))
 
 
 def _chunk(data: bytes, *, more: bool) -> bytes:

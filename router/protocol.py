@@ -317,16 +317,11 @@ class ChatRequest(GenerationRequest):
         None, description="Notes of the caller's own. Accepted, without effect.", examples=[{"run": "7"}]
     )
 
-    @property
-    def sequences(self) -> int:
-        """Choices, each of which takes a slot."""
-        return self.n
-
-    def to_message(self, key: str, model: str, created: int, *, role_in_every_chunk: bool) -> Chat:
-        """The request as it crosses the trunk, under a key of ours and the model's name as shown."""
+    def to_message(self, identifier: str, model: str, created: int, *, role_in_every_chunk: bool) -> Chat:
+        """The request as it crosses the trunk, under an id of ours and the model's name as shown."""
         choice = self.tool_choice or "auto"
         return Chat(
-            id=f"chatcmpl-{key}",
+            id=identifier,
             model=model,
             created=created,
             messages=tuple([message.to_message() for message in self.messages]),
@@ -373,16 +368,10 @@ class TextRequest(GenerationRequest):
         examples=[1],
     )
 
-    @property
-    def sequences(self) -> int:
-        """Choices over all prompts, each of which takes a slot."""
-        return len(self._prompts) * self.n
-
-    def to_message(self, key: str, model: str, created: int, *, role_in_every_chunk: bool) -> Text:
-        """The request as it crosses the trunk, under a key of ours and the model's name as shown. Its chunks
-        have no role."""
+    def to_message(self, identifier: str, model: str, created: int) -> Text:
+        """The request as it crosses the trunk, under an id of ours and the model's name as shown."""
         return Text(
-            id=f"cmpl-{key}",
+            id=identifier,
             model=model,
             created=created,
             prompts=tuple([each if isinstance(each, str) else tuple(each) for each in self._prompts]),

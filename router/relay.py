@@ -13,6 +13,7 @@ from router.backend import Job, Piece
 from router.errors import ApiError, UpstreamFailed
 from router.provider_errors import provider_error
 from router.sse import EventReader
+from serving.messages import Chat
 
 MAX_ANSWER = 16 * 1024 * 1024
 """Bytes of a whole answer, millions of tokens of text: it is kept until its end, and read in one go while all
@@ -98,7 +99,7 @@ class WholeRelay:
             raise UpstreamFailed(_SENSELESS) from None
         if not choices:
             raise UpstreamFailed(_SENSELESS)
-        fields["model"] = _written(self._job.model)
+        fields["model"] = _written(self._job.request.model)
         usage = _usage(fields) or _Usage()
         self.prompt_tokens = usage.prompt_tokens
         return Piece(msgspec.json.encode(fields), usage.completion_tokens, last=True)
@@ -112,7 +113,7 @@ class StreamRelay:
         self.prompt_tokens = 0
         self.done = False
         self._job = job
-        self._model = _written(job.model)
+        self._model = _written(job.request.model)
         self._key = key
         self._events = EventReader(MAX_EVENT)
         self._gathered: list[bytes] = []
@@ -122,6 +123,7 @@ class StreamRelay:
         """In all chunks so far: one for each choice that says something in a chunk."""
         self._completion_tokens = 0
         """By the provider's count."""
+        self._role_in_every_chunk = isinstance(job.request, Chat) and job.request.role_in_every_chunk
         self._unended = set(range(job.request.sequences))
         """Indices of the choices that have had no finish_reason."""
         self._error: ApiError | None = None
@@ -177,7 +179,7 @@ class StreamRelay:
             if usage is not None and not choices:
                 return
         fields["model"] = self._model
-        if self._job.role_in_every_chunk and choices:
+        if self._role_in_every_chunk and choices:
             fields["choices"] = _written(list(map(_with_role, choices)))
         self._gather(msgspec.json.encode(fields), sum(map(_says_something, choices)))
 

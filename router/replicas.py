@@ -72,7 +72,7 @@ class Replicas:
 
         A replica that is lost before the first byte is replaced by another once; the client notices nothing.
         """
-        request = job.message()
+        request = job.request
         deadline = monotonic() + timeout_s
         lost: Trunk | None = None
         while True:

@@ -13,11 +13,11 @@ from pydantic_core import to_json
 
 from router.backend import Direct, Job, Kind, Piece, State, Stream, within
 from router.errors import ApiError, FirstTokenTimeout, MissingProviderKey, SlowReader, Stalled, UpstreamFailed
-from router.protocol import ChatRequest
 from router.provider import Answer, Provider
 from router.provider_errors import REFUSAL_BYTES, provider_error
 from router.relay import relay
 from router.settings import ModelTimeouts, UpstreamModel, is_provider_key
+from serving.messages import Chat
 
 REFUSAL_S = 5.0
 """Seconds that a refusal's body may take; without it the status speaks for itself."""
@@ -61,7 +61,7 @@ class Upstream:
         # request, whoever is asked.
         key = self._settings.api_key or job.provider_key
         if key is None or not is_provider_key(key.get_secret_value()):
-            raise MissingProviderKey(job.model)
+            raise MissingProviderKey(job.request.model)
         return key
 
 
@@ -89,7 +89,7 @@ class UpstreamStream:
 
     async def start(self, body: bytes) -> None:
         """Returns when there is something to read. Raises ApiError."""
-        path = "/chat/completions" if isinstance(self._job.request, ChatRequest) else "/completions"
+        path = "/chat/completions" if isinstance(self._job.request, Chat) else "/completions"
         seconds = self._timeouts.first_token_s
         async with within(seconds, FirstTokenTimeout(seconds)):
             answer = self._answer = await self._provider.post(path, body, self._key, self._job.key)
@@ -135,16 +135,16 @@ def request_body(job: Job, upstream_name: str) -> bytes:
     repetition_penalty is left out, as many do not know the field; any other goes as it was given, and what it
     means is the provider's to say: additive or multiplicative.
     """
-    request = job.request
+    sampling = job.request.sampling
     fields = {name: value for name, value in job.data.items() if value is not None}
     fields["model"] = upstream_name
     if "max_completion_tokens" in fields:
         fields.pop("max_tokens", None)
     else:
-        fields["max_tokens"] = request.max_tokens
-    if request.repetition_penalty == 0 and request.repetition_factor == 1:
+        fields.setdefault("max_tokens", sampling.max_tokens)
+    if sampling.repetition_penalty == 0 and sampling.repetition_factor == 1:
         fields.pop("repetition_penalty", None)
-    if request.stream:
+    if job.request.stream:
         # What was used is always asked for; the relay keeps it from clients that did not ask.
         fields["stream_options"] = {**fields.get("stream_options", {}), "include_usage": True}
     return to_json(fields)

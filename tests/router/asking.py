@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from router.errors import InvalidRequest
-from router.protocol import model_name, parse_chat, parse_text, read_json
+from router.protocol import model_name, read_json
+from router.reading import read_chat, read_text
 from router.settings import ModelLimits, ModelSettings
 from serving.messages import Chat, Text
 
@@ -18,8 +19,8 @@ HELLO = [{"role": "user", "content": "hello"}]
 def parse(body: bytes | dict[str, Any], **settings: Any) -> Chat:
     """A body's way through the router, up to what crosses the trunk, to a model with these settings."""
     data = read_json(body if isinstance(body, bytes) else json.dumps(body).encode())
-    request = parse_chat(data, ModelSettings(name="m", limits=ModelLimits(messages=16), **settings))
-    return request.to_message("key", model_name(data), 1_700_000_000, role_in_every_chunk=False)
+    model = ModelSettings(name="m", limits=ModelLimits(messages=16), **settings)
+    return read_chat(data, model, "chatcmpl-key", model_name(data), 1_700_000_000)
 
 
 def chat(**parameters: Any) -> Chat:
@@ -43,8 +44,7 @@ def refused(**parameters: Any) -> InvalidRequest:
 def parse_as_text(body: bytes | dict[str, Any], **settings: Any) -> Text:
     """The same for a text completion."""
     data = read_json(body if isinstance(body, bytes) else json.dumps(body).encode())
-    request = parse_text(data, ModelSettings(name="m", **settings))
-    return request.to_message("key", model_name(data), 1_700_000_000, role_in_every_chunk=False)
+    return read_text(data, ModelSettings(name="m", **settings), "cmpl-key", model_name(data), 1_700_000_000)
 
 
 def text(**parameters: Any) -> Text:

@@ -12,7 +12,7 @@ import pytest_asyncio
 
 from router.backend import Job, Piece
 from router.errors import ApiError, NoReplica, ReplicaLost
-from router.protocol import parse_chat
+from router.reading import read_chat
 from router.replicas import RETRY_AFTER_S, Replicas
 from router.settings import ModelSettings
 from router.trunk import Lost, TrunkStream
@@ -26,7 +26,8 @@ from tests.waiting import PATIENCE_S, soon, until
 def job(text: str = "hi") -> Job:
     """A streamed request with an id of its own."""
     data = {"model": "m", "messages": [{"role": "user", "content": text}], "stream": True}
-    return Job(uuid4().hex, "m", parse_chat(data, ModelSettings(name="m")), data)
+    key = uuid4().hex
+    return Job(key, read_chat(data, ModelSettings(name="m"), key, "m", 0), data)
 
 
 class Model:

@@ -6,8 +6,7 @@ from typing import Any
 import pytest
 
 from router.errors import InvalidRequest
-from router.protocol import MAX_TOKEN_ID, parse_text
-from router.settings import ModelSettings
+from router.protocol import MAX_TOKEN_ID
 from serving.messages import Sampling, Text
 from tests.router.asking import chat, parse_as_text, text, text_refused
 
@@ -84,9 +83,7 @@ def test_a_hundred_thousand_bad_items_are_one_refusal() -> None:
 )
 def test_each_choice_of_each_prompt_takes_a_slot(prompt: Any, n: int, sequences: int) -> None:
     """What a router counts as in flight is what an engine has to batch."""
-    request = parse_text({"model": "m", "prompt": prompt, "n": n}, ModelSettings(name="m"))
-    message = request.to_message("key", "m", 0, role_in_every_chunk=False)
-    assert request.sequences == message.sequences == sequences
+    assert text(prompt=prompt, n=n).sequences == sequences
 
 
 # ---- parameters, beside what the table in test_parameters.py says of each -----------------------------

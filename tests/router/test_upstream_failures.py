@@ -24,7 +24,7 @@ from pydantic import SecretStr
 
 from router.backend import Job
 from router.errors import ApiError
-from router.protocol import parse_chat
+from router.reading import read_chat
 from router.relay import MAX_ANSWER
 from router.settings import Limits, ModelTimeouts, UpstreamModel
 from router.upstream import Upstream
@@ -511,7 +511,7 @@ async def test_no_exception_tells_a_key(stream: bool) -> None:
         model = near.model("near")
         data = request("hi", model="near", stream=stream)
         for _ in behaviours:
-            job = Job("id", "near", parse_chat(data, model.settings), data)
+            job = Job("id", read_chat(data, model.settings, "chatcmpl-id", "near", 0), data)
             backend = Upstream(near_at(one.url))
             with pytest.raises(ApiError) as caught:
                 await read(backend, job)
