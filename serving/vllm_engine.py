@@ -28,9 +28,9 @@ from vllm.v1.engine.output_processor import RequestOutputCollector
 from vllm.v1.metrics.loggers import StatLoggerBase
 from vllm.v1.metrics.stats import IterationStats, MultiModalCacheStats, SchedulerStats
 
-from serving import penalties, vllm_mailbox
+from serving import penalties, vllm_mailbox, vllm_outbox
 from serving.engine import EngineDead, Prompt, Refusal, Sink, fit
-from serving.messages import Load, Request, Text
+from serving.messages import Chat, Load, Request, Text
 from serving.settings import EngineSettings
 from serving.simulation.executor import SimulatedExecutor
 from serving.source import resolve
@@ -99,6 +99,7 @@ class VllmEngine:
             disable_log_stats=True,
         )
         vllm_mailbox.install(llm.engine_core)
+        vllm_outbox.install(llm.engine_core)
         self._llm = llm
         assert llm.output_handler is not None  # noqa: S101 - vLLM starts it where a loop runs
         self._outputs = llm.output_handler
@@ -122,12 +123,14 @@ class VllmEngine:
         else:
             choices = self._choices(request, prompts)
         stream = self._open(request, prompts, sink)
+        # A text's prompts may be tokens, and such end in the middle of a character where they like.
+        text = prompts[0].content.input.get("prompt") if isinstance(request, Chat) else None
         sink.accepted()
         try:
             for index, choice in enumerate(choices):
                 # vLLM asks nothing of a queue but `put`, and `Outputs` but what a Choice has.
                 queue = cast("RequestOutputCollector", Choice(stream, index))
-                llm.output_processor.add_request(choice, None, None, index, queue)
+                llm.output_processor.add_request(choice, text, None, index, queue)
             for choice in choices:
                 # A choice sent after the abort of its siblings would run to its end unheard.
                 if not stream.closed:

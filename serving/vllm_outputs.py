@@ -1,36 +1,47 @@
 """From the engine core's outputs to the queues of their requests: vLLM's way, with a shorter one for most.
 
-Most outputs are one token in the middle of an answer of which nothing but the text is wanted. vLLM builds two
-objects for each, and looks for what such a token cannot bring: a stop string, log-probs, an end. Here it is
-decoded and handed over. First and last tokens, and requests that want more, go vLLM's way.
+Of most requests nothing but the text is wanted. vLLM builds two objects for each of their outputs, and looks
+for what such a one cannot bring: a stop string, log-probs. Here its tokens are decoded and handed over, and
+counted as vLLM counts them. Requests that want more go vLLM's way.
 
 Import this module only through `serving.engines`, which sets the environment first.
 """
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any, Protocol
 
+from tokenizers.decoders import DecodeStream
 from vllm import envs
 from vllm.outputs import PoolingRequestOutput, RequestOutput
-from vllm.v1.engine import EngineCoreOutput
+from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.detokenizer import FastIncrementalDetokenizer
 from vllm.v1.engine.output_processor import OutputProcessor, OutputProcessorOutput, RequestState
+from vllm.v1.engine.parallel_sampling import ParentRequest
 from vllm.v1.metrics.stats import IterationStats
+
+from serving.vllm_texts import Decoder, Texts
 
 
 class Queue(Protocol):
     """Where a request's outputs go."""
 
-    decoder: FastIncrementalDetokenizer | None
-    """Set once the rest of the answer, but for its last token, is to be put by `put_tokens`."""
+    decoder: Decoder | FastIncrementalDetokenizer | None
+    """Set for a request whose outputs go the shorter way."""
 
     def put(self, output: RequestOutput | PoolingRequestOutput | Exception) -> None:
         """Take what came vLLM's way. Never raises."""
 
+    def begin(self, cached_tokens: int) -> None:
+        """Hear, before any tokens, how many of the prompt's the prefix cache held. Never raises."""
+
     def put_tokens(self, token_ids: list[int]) -> None:
         """Take tokens that came the shorter way. Never raises."""
+
+    def end(self, token_ids: list[int], reason: FinishReason) -> None:
+        """Take the last tokens that came the shorter way. Never raises."""
 
 
 class Llm(AsyncLLM):
@@ -46,6 +57,35 @@ class Llm(AsyncLLM):
 class Outputs(OutputProcessor):
     """vLLM's output processor for requests whose queue is a `Queue`."""
 
+    @cached_property
+    def _texts(self) -> Texts | None:
+        tokenizer: Any = self.tokenizer
+        return Texts.of(tokenizer._tokenizer)  # noqa: SLF001 - as vLLM's detokenizer takes it
+
+    def add_request(
+        self,
+        request: EngineCoreRequest,
+        prompt: str | None,
+        parent_req: ParentRequest | None = None,
+        request_index: int = 0,
+        queue: Any = None,
+    ) -> None:
+        """As vLLM's; `prompt` is the text that the prompt's tokens were made of, if they were."""
+        super().add_request(request, prompt, parent_req, request_index, queue)
+        state: Any = self.request_states[request.request_id]
+        if self.tracing_enabled or not _is_plain(state):
+            return
+        queue.decoder = detokenizer = state.detokenizer
+        texts = self._texts
+        if texts is None:
+            return
+        if prompt is not None:
+            # Where a text has ended with a whole character, nothing hangs on it. So the prompt need not be
+            # decoded, which vLLM does twice.
+            detokenizer.stream = DecodeStream(skip_special_tokens=detokenizer.skip_special_tokens)
+        if detokenizer.spaces_between_special_tokens:
+            queue.decoder = Decoder(texts, detokenizer)
+
     def process_outputs(
         self,
         engine_core_outputs: list[EngineCoreOutput],
@@ -59,13 +99,7 @@ class Outputs(OutputProcessor):
         others = self._put_tokens(engine_core_outputs, engine_core_timestamp, iteration_stats)
         if not others:
             return OutputProcessorOutput([], [])
-        processed = super().process_outputs(others, engine_core_timestamp, iteration_stats, weight_version)
-        for output in others:
-            state = self.request_states.get(output.request_id)
-            if state is not None and _is_plain(state):
-                queue: Any = state.queue
-                queue.decoder = state.detokenizer
-        return processed
+        return super().process_outputs(others, engine_core_timestamp, iteration_stats, weight_version)
 
     def _put_tokens(
         self, outputs: list[EngineCoreOutput], now: float, step: IterationStats
@@ -79,8 +113,11 @@ class Outputs(OutputProcessor):
             if state is None:
                 continue  # it was aborted
             queue = state.queue
-            if queue.decoder is None or output.finish_reason is not None or output.events is not None:
+            if queue.decoder is None:
                 others.append(output)
+                continue
+            if state.is_prefilling or output.finish_reason is not None or output.events is not None:
+                self._put_more(state, output, now, step)
                 continue
             tokens = output.new_token_ids
             stats = state.stats
@@ -91,15 +128,33 @@ class Outputs(OutputProcessor):
             queue.put_tokens(tokens)
         return others
 
+    def _put_more(self, state: Any, output: EngineCoreOutput, now: float, step: IterationStats) -> None:
+        """The same for an output that is the first or the last of its request, or tells more of it."""
+        self._update_stats_from_output(state, output, now, step)
+        if state.is_prefilling:
+            state.is_prefilling = False
+            if output.prefill_stats is not None:
+                state.num_cached_tokens = output.prefill_stats.num_cached_tokens
+            state.queue.begin(state.num_cached_tokens)
+        reason = output.finish_reason
+        if reason is None:
+            state.queue.put_tokens(output.new_token_ids)
+            return
+        state.queue.end(output.new_token_ids, reason)
+        self._finish_request(state)
+        self._update_stats_from_finished(state, reason, step)
+
 
 def _is_plain(state: RequestState) -> bool:
-    """Whether the request wants nothing but text, and its next tokens' text can be told token by token."""
+    """Whether the request wants nothing but text, and each token's text can be told by itself."""
     detokenizer = state.detokenizer
     logprobs = state.logprobs_processor
     return (
         isinstance(detokenizer, FastIncrementalDetokenizer)
         and not detokenizer.stop
-        and (logprobs is None or logprobs.num_logprobs is None)
+        and logprobs is not None
+        and logprobs.num_logprobs is None
+        and logprobs.num_prompt_logprobs is None
         and state.stream_interval == 1
         and not state.streaming_input
         and not envs.VLLM_COMPUTE_NANS_IN_LOGITS

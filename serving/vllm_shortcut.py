@@ -10,13 +10,13 @@ Import this module only through `serving.engines`, which sets the environment fi
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
 from tokenizers import Tokenizer
 from transformers import TokenizersBackend
-from transformers.utils.chat_template_utils import render_jinja_template
+from transformers.utils.chat_template_utils import _compile_jinja_template
 from vllm.config import ModelConfig
 from vllm.renderers import BaseRenderer
 from vllm.renderers.hf import resolve_chat_template, resolve_chat_template_content_format
@@ -47,8 +47,14 @@ class Shortcut:
     """Renders plain conversations of one model."""
 
     def __init__(self, template: str, tokenizer: TokenizersBackend) -> None:
-        self._template = template
-        self._specials: Mapping[str, Any] = tokenizer.special_tokens_map
+        self._render = renderer_of(template)
+        # What vLLM's renderer tells a template of every plain conversation.
+        self._always = {
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": True,
+            **tokenizer.special_tokens_map,
+        }
         # Without what transformers lays around it, most of which is for batches.
         backend: Any = tokenizer._tokenizer  # noqa: SLF001 - as vLLM's detokenizer takes it
         self._encode = Pieces.encoder(backend)
@@ -72,16 +78,23 @@ class Shortcut:
         if size > LONGEST or not all(message.role in ROLES for message in messages):
             return None
         try:
-            rendered: Any = render_jinja_template(
-                [[said(message) for message in messages]],
-                chat_template=self._template,
-                add_generation_prompt=True,
-                **self._specials,
-            )
+            text = self._render(self._always, messages=[said(message) for message in messages])
         except Exception:  # noqa: BLE001 - a template raises what it likes, and vLLM's renderer says it in words
             return None
-        (text,), _ = rendered
         return text, self._encode(text)
+
+
+def renderer_of(template: str) -> Callable[..., str]:
+    """What renders a chat template as transformers does.
+
+    As it comes, a template gathers its environment's names and its own for each conversation; here that is
+    done.
+    """
+    compiled: Any = _compile_jinja_template(template)
+    own = compiled.environment.from_string(template)
+    own.globals = dict(own.globals)
+    render: Callable[..., str] = own.render
+    return render
 
 
 def _is_nothing_else(tokenizer: TokenizersBackend) -> bool:

@@ -11,10 +11,12 @@ from typing import Any
 import structlog
 from vllm.logprobs import LogprobsOnePosition
 from vllm.outputs import PoolingRequestOutput, RequestOutput
+from vllm.v1.engine import FinishReason as FinishedFor
 from vllm.v1.engine.detokenizer import FastIncrementalDetokenizer
 
 from serving.engine import EngineDead, FinishReason, Logprob, Refusal, Sink, TokenLogprobs
 from serving.messages import Request
+from serving.vllm_texts import Decoder
 
 log = structlog.get_logger(__name__)
 
@@ -55,22 +57,41 @@ class Stream:
         self._begun: set[int] = set()
         self._cached_tokens = 0
 
-    def put(self, choice: int, output: RequestOutput) -> None:
+    def put_output(self, choice: int, output: RequestOutput) -> None:
         """Pass on what one engine step made for one choice."""
-        prompt = choice // self._request.sampling.n
-        if prompt not in self._begun:
-            self._begin(prompt, output)
+        if self.begin(choice, output.num_cached_tokens or 0):
+            self._prompt_logprobs(choice // self._request.sampling.n, output)
         completion = output.outputs[0]
-        reason = completion.finish_reason
-        if reason is not None and reason not in _FINISH_REASONS:
-            self.fail(self._failure(reason))
-            return
         tokens = completion.token_ids
         logprobs = () if completion.logprobs is None else self._logprobs(tokens, completion.logprobs)
-        if reason is None:
+        if completion.finish_reason is None:
             self.sink.put(choice, completion.text, tokens, None, logprobs)
+        else:
+            self.end(choice, completion.text, tokens, completion.finish_reason, logprobs)
+
+    def begin(self, choice: int, cached_tokens: int) -> bool:
+        """Hear how many tokens of a choice's prompt were cached; whether that prompt had not begun yet."""
+        prompt = choice // self._request.sampling.n
+        if prompt in self._begun:
+            return False
+        self._begun.add(prompt)
+        self._cached_tokens += cached_tokens
+        self.sink.cached_tokens = self._cached_tokens
+        return True
+
+    def end(
+        self,
+        choice: int,
+        text: str,
+        tokens: Sequence[int],
+        reason: str,
+        logprobs: Sequence[TokenLogprobs] = (),
+    ) -> None:
+        """Pass on the last that there is of a choice, or that it failed."""
+        if reason not in _FINISH_REASONS:
+            self.fail(self._failure(reason))
             return
-        self.sink.put(choice, completion.text, tokens, _FINISH_REASONS[reason], logprobs)
+        self.sink.put(choice, text, tokens, _FINISH_REASONS[reason], logprobs)
         self._unfinished -= 1
         if not self._unfinished:
             self.closed = True
@@ -88,10 +109,7 @@ class Stream:
             return Refusal(f"{param}: an answer came to where nothing can follow by its schema", param=param)
         return RuntimeError(f"the engine ended a choice with {reason!r}")
 
-    def _begin(self, prompt: int, output: RequestOutput) -> None:
-        self._begun.add(prompt)
-        self._cached_tokens += output.num_cached_tokens or 0
-        self.sink.cached_tokens = self._cached_tokens
+    def _prompt_logprobs(self, prompt: int, output: RequestOutput) -> None:
         logprobs, tokens = output.prompt_logprobs, output.prompt_token_ids
         if logprobs and tokens:
             first = self._tokenizer.decode(tokens[:1])
@@ -111,7 +129,7 @@ class Choice:
     __slots__ = ("_index", "_stream", "decoder")
 
     def __init__(self, stream: Stream, index: int) -> None:
-        self.decoder: FastIncrementalDetokenizer | None = None
+        self.decoder: Decoder | FastIncrementalDetokenizer | None = None
         self._stream = stream
         self._index = index
 
@@ -121,15 +139,20 @@ class Choice:
             return
         try:
             if isinstance(output, RequestOutput):
-                self._stream.put(self._index, output)
+                self._stream.put_output(self._index, output)
             else:
                 self._stream.fail(EngineDead("the engine has died"))
         except Exception as error:
             log.exception("a sink failed")
             self._stream.fail(error)
 
+    def begin(self, cached_tokens: int) -> None:
+        """The first tokens come next, the shorter way."""
+        if not self._stream.closed:
+            self._stream.begin(self._index, cached_tokens)
+
     def put_tokens(self, token_ids: list[int]) -> None:
-        """The same for tokens in mid-answer, once there is a decoder."""
+        """The same as `put` for tokens in mid-answer, which come the shorter way."""
         stream, decoder = self._stream, self.decoder
         if stream.closed or decoder is None:
             return
@@ -139,6 +162,18 @@ class Choice:
             else:
                 text = "".join(map(decoder.decode_next, token_ids))
             stream.sink.put(self._index, text, token_ids, None)
+        except Exception as error:
+            log.exception("a sink failed")
+            stream.fail(error)
+
+    def end(self, token_ids: list[int], reason: FinishedFor) -> None:
+        """The same for the last tokens. The token that stopped the answer is not part of its text."""
+        stream, decoder = self._stream, self.decoder
+        if stream.closed or decoder is None:
+            return
+        try:
+            spoken = token_ids[:-1] if reason is FinishedFor.STOP else token_ids
+            stream.end(self._index, "".join(map(decoder.decode_next, spoken)), token_ids, str(reason))
         except Exception as error:
             log.exception("a sink failed")
             stream.fail(error)

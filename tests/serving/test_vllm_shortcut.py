@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from jinja2 import TemplateError
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers.utils.chat_template_utils import render_jinja_template
 from vllm.config import VllmConfig
 from vllm.renderers import BaseRenderer, renderer_from_config
 
@@ -15,7 +17,7 @@ from serving.messages import Message
 from serving.settings import EngineSettings
 from serving.vllm_engine import configuration
 from serving.vllm_rendering import PlainRenderer
-from serving.vllm_shortcut import LONGEST, Pieces, Shortcut
+from serving.vllm_shortcut import LONGEST, Pieces, Shortcut, renderer_of
 from tests.serving.replayed import SMOLLM2
 
 MARKS = ("<|im_start|>", "<|im_end|>", "<s>")
@@ -45,17 +47,28 @@ def renderer(config: VllmConfig) -> Iterator[BaseRenderer[Any]]:
     renderer.shutdown()
 
 
+@pytest.fixture(scope="module")
+def shortcut(config: VllmConfig, renderer: BaseRenderer[Any]) -> Shortcut:
+    """That of SmolLM2."""
+    shortcut = Shortcut.of(config.model_config, renderer)
+    assert shortcut is not None
+    return shortcut
+
+
+@pytest.fixture(scope="module")
+def plain(config: VllmConfig, renderer: BaseRenderer[Any]) -> PlainRenderer:
+    """What decides whether the shortcut is taken."""
+    return PlainRenderer(config, renderer)
+
+
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(messages=conversations)
 def test_it_finds_what_vllm_finds(
-    config: VllmConfig, renderer: BaseRenderer[Any], messages: list[Message]
+    shortcut: Shortcut, plain: PlainRenderer, renderer: BaseRenderer[Any], messages: list[Message]
 ) -> None:
     """Text and tokens of any plain conversation are those of vLLM's renderer, special tokens in what was said
     included, whether its pieces have been seen before or not."""
-    shortcut = Shortcut.of(config.model_config, renderer)
-    assert shortcut is not None
     told: Any = [{"role": message.role, "content": message.content} for message in messages]
-    plain = PlainRenderer(config, renderer)
     _, (theirs,) = renderer.render_chat([told], plain.template, renderer.default_chat_tok_params)
     for _ in range(2):
         assert shortcut.render(messages) == (theirs["prompt"], theirs["prompt_token_ids"])
@@ -67,14 +80,43 @@ def test_it_finds_what_vllm_finds(
     ids=["long", "another role"],
 )
 def test_other_conversations_are_left_to_vllm(
-    config: VllmConfig, renderer: BaseRenderer[Any], message: Message
+    shortcut: Shortcut, plain: PlainRenderer, message: Message
 ) -> None:
     """A conversation that is long, or has a role that not every template knows, is rendered by vLLM."""
-    shortcut = Shortcut.of(config.model_config, renderer)
-    assert shortcut is not None
     assert shortcut.render([message]) is None
-    prompt = asyncio.run(PlainRenderer(config, renderer).chat([message]))
+    prompt = asyncio.run(plain.chat([message]))
     assert prompt.length > 0
+
+
+TEMPLATES = {
+    "what transformers adds": "{{ strftime_now('%Y') }}{% generation %}{{ messages | tojson }}"
+    "{% endgeneration %}",
+    "what jinja adds": "{% set all = namespace(n=0) %}{% for m in messages %}{% if loop.last %}{% break %}"
+    "{% endif %}{% set all.n = all.n + 1 %}{% endfor %}{{ all.n }}{{ range(3) | list }}"
+    "{{ lipsum is defined }}",
+    "what is told": "{{ bos_token }}{{ tools is none }}{{ documents is none }}{{ add_generation_prompt }}",
+    "what is not told": "{{ enable_thinking is defined }}{{ other }}",
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_template_renders_as_transformers_has_it(name: str) -> None:
+    """A template finds the same under every name, however often it is asked."""
+    template = TEMPLATES[name]
+    told: dict[str, Any] = {"add_generation_prompt": True, "bos_token": "<s>"}
+    messages = [{"role": "user", "content": "<&>"}, {"role": "assistant", "content": "é"}]
+    theirs: Any = render_jinja_template([messages], chat_template=template, **told)
+    render = renderer_of(template)
+    for _ in range(2):
+        assert render(told | {"tools": None, "documents": None}, messages=messages) == theirs[0][0]
+
+
+def test_a_template_that_refuses_does_so_each_time() -> None:
+    """What a template raises comes out of it, and the next conversation is rendered all the same."""
+    render = renderer_of("{% if messages %}{{ raise_exception('no') }}{% endif %}fine")
+    with pytest.raises(TemplateError, match="no"):
+        render(messages=[{}])
+    assert render(messages=[]) == "fine"
 
 
 def trained(pre_tokenizer: Any, **mark: bool) -> Tokenizer:
