@@ -25,7 +25,7 @@ from benchmarks.peers.catalog import cache_folder, peers
 from benchmarks.peers.launch import ROOT, environment, tail
 from benchmarks.peers.measure import PROMPT
 from benchmarks.peers.peer import MODEL, PeerFailed, Running
-from benchmarks.peers.settings import SIMULATED
+from benchmarks.peers.settings import SIMULATED, Engine
 from benchmarks.result import RESULTS, Commit, Machine, Record
 from benchmarks.rows import Row, table
 from benchmarks.workload import Workload
@@ -35,27 +35,42 @@ PEER = "vllm-python"
 
 WITHIN = 0.05
 
-ENGINE = replace(SIMULATED, step_ms=50)
-"""Ten times slower than where servers are compared: `vllm bench serve` takes 3 ms and more to send 16
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What both put on the server, and what is compared of it."""
+
+    step_ms: float
+    streams: int
+    requests: int
+    max_tokens: int
+    figures: Sequence[str]
+    """Under the same names in both."""
+
+    @property
+    def engine(self) -> Engine:
+        """What the server runs."""
+        return replace(SIMULATED, step_ms=self.step_ms)
+
+    @property
+    def workload(self) -> Workload:
+        """What each request asks."""
+        return Workload(MODEL, PROMPT, self.max_tokens, ignore_eos=True)
+
+
+THROUGHPUT = ("request_throughput", "output_throughput")
+PACE = ("mean_tpot_ms", "mean_itl_ms", "median_e2el_ms")
+
+SLOW = Load(50, 16, 160, 32, (*THROUGHPUT, "median_ttft_ms", *PACE, "p99_e2el_ms"))
+"""Steps ten times slower than where servers are compared: `vllm bench serve` takes 3 ms and more to send 16
 requests at once, which would be a tenth of the time to the first token there."""
 
-FIGURES = (
-    "request_throughput",
-    "output_throughput",
-    "median_ttft_ms",
-    "mean_tpot_ms",
-    "mean_itl_ms",
-    "median_e2el_ms",
-    "p99_e2el_ms",
-)
-"""Under the same names in both."""
+FAST = Load(5, 64, 640, 128, (*THROUGHPUT, *PACE))
+"""As where servers are compared, without the time to the first token: a large part of it is the client's own
+sending of 64 requests at once, and so it cannot agree."""
 
 BENCH_S = 300.0
 """Seconds that one run of `vllm bench serve` may take, most of them its start."""
-
-TOKENS = 32
-
-WORK = Workload(MODEL, PROMPT, TOKENS, ignore_eos=True)
 
 Figures = Mapping[str, float]
 
@@ -64,6 +79,7 @@ Figures = Mapping[str, float]
 class Agreement(Record):
     """What both said, round by round."""
 
+    figures: Sequence[str]
     ours: Sequence[Figures]
     theirs: Sequence[Figures]
 
@@ -71,7 +87,7 @@ class Agreement(Record):
     def rows(self) -> list[Row]:
         """Of each figure the medians over the rounds, and the median of the ratios within them."""
         rows = []
-        for name in FIGURES:
+        for name in self.figures:
             mine, other = [each[name] for each in self.ours], [each[name] for each in self.theirs]
             rows.append(Row(f"{name}, vllm bench serve", median(other), ""))
             rows.append(Row(f"{name}, this generator", median(mine), ""))
@@ -87,33 +103,40 @@ class Agreement(Record):
         return table(self.rows)
 
 
-def ours(server: Running, streams: int, requests: int) -> Figures:
+def ours(server: Running, load: Load) -> Figures:
     """What this generator says. Raises PeerFailed where an answer failed."""
-    plan = Plan(server.target, WORK, streams, requests=requests, warm_up=streams, expect_tokens=True)
+    plan = Plan(
+        server.target,
+        load.workload,
+        load.streams,
+        requests=load.requests,
+        warm_up=load.streams,
+        expect_tokens=True,
+    )
     result = uvloop.run(run(plan))
     if result.failures:
         raise PeerFailed(f"answers failed: {result.failures}")
-    return {name: value for name in FIGURES if (value := result.figures[name]) is not None}
+    return {name: value for name in load.figures if (value := result.figures[name]) is not None}
 
 
-def theirs(server: Running, streams: int, requests: int, folder: Path) -> Figures:
+def theirs(server: Running, load: Load, folder: Path) -> Figures:
     """What `vllm bench serve` says. Raises PeerFailed."""
     # In the form of a data set that it reads without a further library; the second value is not sent.
     prompts = folder / "prompts.json"
-    spoken = [[f"{number:08d} {PROMPT}", PROMPT] for number in range(requests)]
+    spoken = [[f"{number:08d} {PROMPT}", PROMPT] for number in range(load.requests)]
     prompts.write_text(json.dumps([{"conversations": [{"value": said} for said in each]} for each in spoken]))
     options = {
         "backend": "openai-chat",
         "endpoint": "/v1/chat/completions",
         "base-url": f"http://{server.target.authority}",
         "model": MODEL,
-        "tokenizer": ENGINE.folder(),
+        "tokenizer": load.engine.folder(),
         "dataset-name": "sharegpt",
         "dataset-path": prompts,
-        "sharegpt-output-len": TOKENS,
-        "num-prompts": requests,
-        "num-warmups": streams,
-        "max-concurrency": streams,
+        "sharegpt-output-len": load.max_tokens,
+        "num-prompts": load.requests,
+        "num-warmups": load.streams,
+        "max-concurrency": load.streams,
         "temperature": 0,
         "percentile-metrics": "ttft,tpot,itl,e2el",
         "metric-percentiles": "99",
@@ -138,13 +161,14 @@ def theirs(server: Running, streams: int, requests: int, folder: Path) -> Figure
     except subprocess.SubprocessError as error:
         raise PeerFailed(f"{error}:\n{tail(log)}") from error
     told = json.loads((folder / "theirs.json").read_text())
-    return {name: told[name] for name in FIGURES}
+    return {name: told[name] for name in load.figures}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command. 0: they agree. 1: they do not. 2: it could not run."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options = _parser().parse_args(arguments)
+    load = chosen(options)
     agreement = Agreement(
         name="agreement",
         started=datetime.now(UTC),
@@ -152,22 +176,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         commit=Commit.here(),
         machine=Machine.here(),
         workload={
-            **asdict(WORK),
+            **asdict(load.workload),
             "server": options.peer,
-            "step_ms": ENGINE.step_ms,
-            "streams": options.streams,
-            "requests": options.requests,
+            "step_ms": load.step_ms,
+            "streams": load.streams,
+            "requests": load.requests,
         },
+        figures=load.figures,
         ours=[],
         theirs=[],
     )
-    peer = peers(ENGINE)[options.peer]
+    peer = peers(load.engine)[options.peer]
     try:
         peer.prepare(cache_folder())
         with TemporaryDirectory(prefix="bench-") as folder, peer.running(Path(folder)) as server:
             for _ in range(options.rounds):
-                their = theirs(server, options.streams, options.requests, Path(folder))
-                mine = ours(server, options.streams, options.requests)
+                their = theirs(server, load, Path(folder))
+                mine = ours(server, load)
                 agreement = replace(
                     agreement, ours=[*agreement.ours, mine], theirs=[*agreement.theirs, their]
                 )
@@ -178,6 +203,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0 if all(row.met is not False for row in agreement.rows) else 1
 
 
+def chosen(options: argparse.Namespace) -> Load:
+    """The load that the options name."""
+    load = FAST if options.fast else SLOW
+    streams, requests = options.streams or load.streams, options.requests or load.requests
+    return replace(load, streams=streams, requests=requests)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.agreement",
@@ -186,8 +218,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--peer", choices=peers(), default=PEER, metavar="NAME", help="the server to load (%(default)s)")
-    add("--streams", type=int, default=16, metavar="N", help="requests in flight at once (%(default)s)")
-    add("--requests", type=int, default=160, metavar="N", help="in each run (%(default)s)")
+    fast = f"steps of {FAST.step_ms:g} ms, as where servers are compared, not of {SLOW.step_ms:g}; no TTFT"
+    add("--fast", action="store_true", help=fast)
+    at_once = f"requests in flight at once ({SLOW.streams}; {FAST.streams} with --fast)"
+    add("--streams", type=int, metavar="N", help=at_once)
+    add("--requests", type=int, metavar="N", help=f"in each run ({SLOW.requests}; {FAST.requests})")
     add("--rounds", type=int, default=3, metavar="N", help="runs of each (%(default)s)")
     where = "folder of the result (benchmarks/results)"
     add("--results", type=Path, default=RESULTS, metavar="DIR", help=where)

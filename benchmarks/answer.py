@@ -42,11 +42,9 @@ class Answer:
     completion_tokens: int | None = None
     """As the server's usage says, over all choices."""
     failure: Failure | None = None
-    read: float = math.nan
-    """When its last byte was."""
     lag: float = math.nan
-    """Seconds by which the generator was late in sending the request. Not a number where it had no moment to
-    keep."""
+    """Seconds by which the generator was late in sending the request. Not a number in a closed loop, where it
+    had no moment to keep."""
 
     def fail(self, kind: str, detail: str, now: float) -> None:
         """Record why the answer failed. What went wrong first is the reason; the rest follows from it."""

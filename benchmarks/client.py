@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Self, cast
@@ -67,6 +68,22 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+@asynccontextmanager
+async def connected(target: Target, connections: int) -> AsyncIterator[Callable[[], int]]:
+    """So many connections on which nothing is asked, closed after the block. Yields what tells how many of
+    them the server has left open. Raises OSError."""
+    loop = asyncio.get_running_loop()
+    idle: list[_Connection] = []
+    try:
+        for _ in range(connections):
+            _, connection = await loop.create_connection(_Connection, target.host, target.port)
+            idle.append(connection)
+        yield lambda: sum(not connection.closed for connection in idle)
+    finally:
+        for connection in idle:
+            connection.close()
 
 
 class Client:
@@ -220,10 +237,8 @@ class _Connection(asyncio.Protocol):
         if self._exchange is None:
             return
         self._reader.end(self._now)
-        answer = self._exchange.answer
-        answer.read = self._now
         self.reusable = self._keep_alive
-        if self.reusable and answer.failure is None and self._exchange.next():
+        if self.reusable and self._exchange.answer.failure is None and self._exchange.next():
             self._send()
         else:
             self._finish()

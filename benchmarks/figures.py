@@ -13,12 +13,14 @@ from itertools import accumulate, chain, pairwise
 from statistics import fmean
 
 from benchmarks.answer import Answer
+from benchmarks.lag import Lag
 
 GENERATOR_LIMIT = 0.6
 """Share of a core. A generator busier than that delays what it measures."""
 
 LAG_LIMIT_MS = 5.0
-"""How late a generator may send a request, at p99: later than that it loads in another way than it says."""
+"""How late a generator may be at p99, with its requests or with anything that its loop is to do: later than
+that it loads in another way than it says, and sees what has come too late."""
 
 Figure = float | int | None
 
@@ -112,25 +114,42 @@ class GeneratorCost:
     """Of one core."""
     cpu_us_per_chunk: float | None
     """Everything it did, over the chunks with text that it read. None where there were none."""
+    waited_share: float | None
+    """The part of the time in which it could have run and had no core. None where the system does not say."""
+    median_loop_lag_ms: float | None
+    """How late its event loop was with what was due, over time."""
+    p99_loop_lag_ms: float | None
     median_send_lag_ms: float | None
-    """How late it sent requests: after they were due in an open loop, after the stream's last answer was read
-    in a closed one. None where no request had a moment to keep."""
+    """How late it sent the requests of an open loop. In a closed one none has a moment to keep: each is sent
+    where the last answer's end is read, and how late that is the loop's lag tells."""
     p99_send_lag_ms: float | None
 
     @property
     def bounded(self) -> bool:
         """The run was bounded by the load generator: its figures do not describe the server."""
-        return self.cpu_share > GENERATOR_LIMIT or (self.p99_send_lag_ms or 0.0) > LAG_LIMIT_MS
+        return self.cpu_share > GENERATOR_LIMIT or self.p99_lag_ms > LAG_LIMIT_MS
+
+    @property
+    def p99_lag_ms(self) -> float:
+        """How late it was, at p99, with whatever it was latest with."""
+        return max(self.p99_loop_lag_ms or 0.0, self.p99_send_lag_ms or 0.0)
 
     @classmethod
-    def of(cls, cpu_seconds: float, duration: float, answers: Sequence[Answer]) -> GeneratorCost:
+    def of(cls, cpu_seconds: float, duration: float, answers: Sequence[Answer], lag: Lag) -> GeneratorCost:
         """The cost of a run of `duration` seconds that took `cpu_seconds` and read these answers."""
         chunks = sum(len(answer.chunks) for answer in answers)
-        lags = sorted(answer.lag * 1000 for answer in answers if not math.isnan(answer.lag))
+        sent = [answer.lag for answer in answers if not math.isnan(answer.lag)]
         return cls(
             cpu_seconds=cpu_seconds,
             cpu_share=cpu_seconds / duration,
             cpu_us_per_chunk=cpu_seconds / chunks * 1e6 if chunks else None,
-            median_send_lag_ms=percentile(lags, 50) if lags else None,
-            p99_send_lag_ms=percentile(lags, 99) if lags else None,
+            waited_share=None if lag.waited_s is None else lag.waited_s / duration,
+            median_loop_lag_ms=_percentile_ms(lag.late, 50),
+            p99_loop_lag_ms=_percentile_ms(lag.late, 99),
+            median_send_lag_ms=_percentile_ms(sent, 50),
+            p99_send_lag_ms=_percentile_ms(sent, 99),
         )
+
+
+def _percentile_ms(seconds: Sequence[float], percent: float) -> float | None:
+    return percentile(sorted(seconds), percent) * 1000 if seconds else None

@@ -30,6 +30,7 @@ import uvloop
 from benchmarks.answer import Answer
 from benchmarks.client import BadTarget, Client, Target
 from benchmarks.figures import GeneratorCost, count_failures, figures
+from benchmarks.lag import lagging
 from benchmarks.processes import NoProcess, Watch, listeners
 from benchmarks.result import RESULTS, Commit, Machine, Outcome, Result
 from benchmarks.workload import Requests, Workload
@@ -130,25 +131,34 @@ def over_http(plan: Plan) -> list[Stream]:
     return [HttpStream(plan, requests) for _ in range(plan.streams)]
 
 
-async def run(plan: Plan, streams_of: Callable[[Plan], Sequence[Stream]] = over_http) -> Outcome:
-    """Carry out the plan. Raises NoProcess where a server process to measure is not there."""
+async def run(
+    plan: Plan,
+    streams_of: Callable[[Plan], Sequence[Stream]] = over_http,
+    begins: Callable[[], object] = lambda: None,
+) -> Outcome:
+    """Carry out the plan. `begins` is called where its warm-up has ended and what counts begins.
+
+    Raises NoProcess where a server process to measure is not there.
+    """
     streams = streams_of(plan)
     try:
         await _closed_loop(streams, iter(range(plan.warm_up)))
         watch = Watch(plan.server_pids)
-        cpu, clock = time.process_time(), perf_counter()
-        if plan.rate is None:
-            answers = await _closed_loop(streams, _numbers(plan, clock))
-        else:
-            answers = await _open_loop(streams, _arrivals(plan, plan.rate, clock))
-        duration, cpu = perf_counter() - clock, time.process_time() - cpu
+        begins()
+        with lagging() as lag:
+            cpu, clock = time.process_time(), perf_counter()
+            if plan.rate is None:
+                answers = await _closed_loop(streams, _numbers(plan, clock))
+            else:
+                answers = await _open_loop(streams, _arrivals(plan, plan.rate, clock))
+            duration, cpu = perf_counter() - clock, time.process_time() - cpu
         processes = watch.spent()
     finally:
         for stream in streams:
             stream.close()
     for answer in answers:
         _check_length(plan, answer)
-    generator = GeneratorCost.of(cpu, duration, answers)
+    generator = GeneratorCost.of(cpu, duration, answers, lag)
     return Outcome(figures(answers, duration), count_failures(answers), generator, processes)
 
 
@@ -180,13 +190,10 @@ async def _closed_loop(streams: Sequence[Stream], numbers: Iterator[int]) -> lis
     answers: list[Answer] = []
 
     def turns() -> Turns:
-        free = math.nan
         for number in numbers:
             answer = Answer(perf_counter())
-            answer.lag = answer.started - free
             answers.append(answer)
             yield number, answer
-            free = answer.read
 
     async def one_after_another(stream: Stream) -> None:
         while not await stream.ask(turns()):  # noqa: ASYNC110 - the pause is meant

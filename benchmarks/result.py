@@ -166,9 +166,18 @@ class Result(Record):
         cost = self.outcome.generator
         per_chunk = _number(cost.cpu_us_per_chunk, 1)
         yield ""
-        yield f"load generator: {cost.cpu_share:.0%} of a core, {per_chunk} us per chunk"
-        lags = (_number(lag, 2) for lag in (cost.median_send_lag_ms, cost.p99_send_lag_ms))
-        yield "sent late by {} ms at p50, {} ms at p99".format(*lags)
+        waited = "-" if cost.waited_share is None else f"{cost.waited_share:.0%}"
+        yield (
+            f"load generator: {cost.cpu_share:.0%} of a core, for which it waited {waited} of the time,"
+            f" {per_chunk} us per chunk"
+        )
+        late = {
+            "its loop was late": (cost.median_loop_lag_ms, cost.p99_loop_lag_ms),
+            "it sent late": (cost.median_send_lag_ms, cost.p99_send_lag_ms),
+        }
+        for what, (middle, tail) in late.items():
+            if tail is not None:
+                yield f"{what} by {_number(middle, 2)} ms at p50, {_number(tail, 2)} ms at p99"
         if cost.bounded:
             limits = f"{GENERATOR_LIMIT:.0%} of a core or {LAG_LIMIT_MS:g} ms late at p99"
             yield f"BOUNDED BY THE LOAD GENERATOR: over {limits}, so the figures are its own"

@@ -15,7 +15,7 @@ class Row:
     unit: str
     promise: str = ""
     met: bool | None = None
-    """None where nothing was promised."""
+    """None where nothing was promised, or too little was measured to say."""
 
 
 def under(name: str, value: float, unit: str, limit: float) -> Row:

@@ -19,12 +19,14 @@ from contextlib import contextmanager, suppress
 from datetime import datetime
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from threading import Event, Thread
 from time import perf_counter
 from typing import Any
 
 from benchmarks.client import Target
 from benchmarks.processes import Process, session
+from benchmarks.workload import KEY
 from cluster.config import ModelConfig
 
 TRUNKLINE = Path(sys.executable).with_name("trunkline")
@@ -67,9 +69,12 @@ class Server:
         """When the port first answered a request; None until then."""
         self._said: list[tuple[float, str]] = []
         self._settled = Event()
+        self._folder = TemporaryDirectory(prefix="bench-store-")
+        """Of accounts that nobody else has."""
         self.began = perf_counter()
         self._process = subprocess.Popen(
             [TRUNKLINE, "serve", config, "--port", str(self.target.port)],
+            env={**os.environ, "TRUNKLINE_DATA": self._folder.name, "TRUNKLINE_ADMIN_KEY": KEY},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -102,6 +107,7 @@ class Server:
         """End whatever is left of it."""
         kill_session(self.pid)
         self._process.wait()
+        self._folder.cleanup()
 
     # ---- what it tells -------------------------------------------------------------------------------
 

@@ -70,3 +70,7 @@ class Mailbox(zmq.asyncio.Socket):
     def _arrived(self) -> None:
         if self._arrival is not None and not self._arrival.done():
             self._arrival.set_result(None)
+        else:
+            # Nobody waits: whoever comes to read looks at the socket first. But as long as nobody looks, the
+            # descriptor goes on to speak, at each turn of the loop.
+            self._messages.getsockopt(zmq.EVENTS)

@@ -12,9 +12,12 @@ import asyncio
 from collections.abc import Awaitable, Sequence
 from typing import Any
 
+import structlog
 import zmq
 import zmq.asyncio
 from vllm.v1.engine.core_client import AsyncMPClient
+
+log = structlog.get_logger(__name__)
 
 MOST = 8
 """Messages that wait for each other at most: the engine core can begin with some while others come."""
@@ -51,6 +54,11 @@ class Outbox:
 
     def _send(self) -> None:
         waiting, self._waiting = self._waiting, []
-        if not self._messages.closed:
-            for parts in waiting:
+        if self._messages.closed:
+            return
+        for parts in waiting:
+            try:
                 self._messages.send_multipart(parts, zmq.DONTWAIT, copy=False)
+            except Exception:
+                # Whoever sent it has gone on; the router's time-outs end its request. The others go out.
+                log.exception("a message could not be sent to the engine core")

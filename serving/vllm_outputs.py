@@ -157,5 +157,7 @@ def _is_plain(state: RequestState) -> bool:
         and logprobs.num_prompt_logprobs is None
         and state.stream_interval == 1
         and not state.streaming_input
+        # Told by a KV connector, it takes the place of what the prefix cache held.
+        and state.remote_prefill_cached_tokens is None
         and not envs.VLLM_COMPUTE_NANS_IN_LOGITS
     )

@@ -21,10 +21,9 @@ from benchmarks.peers.plot import plot
 from benchmarks.peers.rounds import Rounds
 from benchmarks.peers.servers import VLLM
 from benchmarks.peers.settings import ENGINES, SIMULATED, Engine
+from benchmarks.peers.table import JUDGED
 from benchmarks.result import RESULTS, Commit, Machine
 from serving.source import SourceError
-
-ROUNDS = 5
 
 REAL_POINTS = ("32",)
 """What is measured of the real model unless told otherwise: it takes its time."""
@@ -33,7 +32,7 @@ _OTHER_FILES = 256
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. 0: every target was met. 1: one was not, or a peer failed. 2: it could not run.
+    """The command. 0: no target was missed. 1: one was, or a peer failed. 2: it could not run.
     130: interrupted; what was measured is kept.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -112,7 +111,7 @@ def _show(record: Comparison, path: Path) -> int:
     plot(record, picture)
     print(f"{record.table()}\n\nin {path} and {picture}")
     whole = all(turn.failure is None for turn in record.turns)
-    return 0 if whole and all(row.met for row in record.rows) else 1
+    return 0 if whole and all(row.met is not False for row in record.rows) else 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -123,12 +122,13 @@ def _parser() -> argparse.ArgumentParser:
         description="Measures Trunkline and its peers with one engine and one load generator, in rounds,\n"
         "each server started anew for each. Prints a table and the targets, and leaves a JSON file and a\n"
         f"picture.\n\nPeers: {', '.join(_names())}.\n\nPoints:\n{listed}",
-        epilog="Exit status: 0 if every target was met, 1 if one was not, 2 if it could not run.",
+        epilog=f"A target is judged from {JUDGED} rounds on.\n\nExit status: 0 if none was missed, 1 if one"
+        " was or a peer failed, 2 if it could not run.",
     )
     add = parser.add_argument
     add("--peers", nargs="+", choices=_names(), default=_names(), metavar="NAME", help="these alone")
     add("--points", nargs="+", metavar="NAME", help="these alone; any number of streams is a point too")
-    add("--rounds", type=int, default=ROUNDS, metavar="N", help="in all (%(default)s)")
+    add("--rounds", type=int, default=JUDGED, metavar="N", help="in all (%(default)s)")
     add("--model", choices=ENGINES, default=SIMULATED.name, help="the engine (%(default)s)")
     go_on = "go on with a run of the same commit: the turns that its rounds lack, and further rounds"
     add("--continue", dest="resume", type=Path, metavar="FILE", help=go_on)

@@ -139,7 +139,7 @@ class EngineStream:
             tokens += len(choice.token_ids)
             if choice.text:
                 answer.chunks.append(perf_counter())
-        answer.ended = answer.read = perf_counter()
+        answer.ended = perf_counter()
         answer.prompt_tokens = len(prompt["prompt_token_ids"])
         answer.completion_tokens = tokens
 

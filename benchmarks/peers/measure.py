@@ -6,7 +6,9 @@ have their own names; what `/proc` says of the server's processes is told for al
     cpu_us_per_token, cpu_us_per_token/engine core, cpu_us_per_token/server, ...
     cpu_us_per_request, ...       of the same CPU time, over the answers
     idle_bytes, ...               resident before the first crowd
-    stream_bytes, ...             by how much that rises to its peak, over the streams at the time
+    connection_bytes, ...         by how much that rises where connections stand open, over the connections
+    stream_bytes, ...             by how much it rises to its peak, over the streams at the time
+    busy_share, late_share        of the modelled accelerator's time: see `_accelerator_figures`
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from benchmarks.client import Target
+from benchmarks.client import Target, connected
 from benchmarks.figures import GeneratorCost
 from benchmarks.load import OPEN_LOOP_STREAMS, Plan, Stream, over_http, run
 from benchmarks.peers.peer import MODEL, Running, Share
@@ -49,6 +51,12 @@ CROWD = "1024"
 
 SATURATED = ("256", CROWD)
 """The points whose throughput may be a server's most."""
+
+IDLE_CONNECTIONS = 1024
+"""As many as streams at the most."""
+
+HELD_S = 1.0
+"""Seconds for which they stand open before the memory is looked at: all have been accepted by then."""
 
 LOOK_S = 0.25
 """Seconds between two looks at the memory; one costs the generator about a millisecond."""
@@ -87,6 +95,11 @@ def _streams(streams: int, duration: float) -> Point:
     return Point(text, _STREAMED, streams, duration, warm_up=min(streams, 64))
 
 
+def _whole(at_once: int) -> Point:
+    work = replace(_STREAMED, max_tokens=1, whole=True)
+    return Point(f"{at_once} whole answers of one token at a time", work, at_once, 3.0, warm_up=64)
+
+
 POINTS: Mapping[str, Point] = {
     "first": Point(
         "one stream of 8 tokens after another", replace(_STREAMED, max_tokens=8), 1, 3.0, warm_up=8
@@ -96,13 +109,8 @@ POINTS: Mapping[str, Point] = {
     "64": _streams(64, 4.0),
     "256": _streams(256, 4.0),
     CROWD: _streams(1024, 4.0),
-    "whole": Point(
-        "64 whole answers of one token at a time",
-        replace(_STREAMED, max_tokens=1, whole=True),
-        64,
-        3.0,
-        warm_up=64,
-    ),
+    "whole": _whole(64),
+    "whole256": _whole(256),
     "half": Point(
         "streams at half the server's saturation, due at random",
         _STREAMED,
@@ -142,20 +150,27 @@ class Measured:
         self._idle: dict[str, int] = {}
 
     async def warm_up(self) -> Measurement:
-        """Load it for the first time, and see what it holds after that."""
-        await self._run(WARM_UP.plan(self._server.target))
+        """Load it for the first time, and see what it holds after that, alone and with connections."""
+        await run(WARM_UP.plan(self._server.target), self._streams_of)
         self._idle = _resident(self._server.shares())
-        return Measurement(_told("idle_bytes", self._idle), failures={}, bounded=False)
+        rises = await self._connection_bytes() if self._streams_of is over_http else {}
+        told = _told("idle_bytes", self._idle) | _told("connection_bytes", rises)
+        return Measurement(told, failures={}, bounded=False)
 
     async def at(self, name: str, rate: float | None) -> Measurement:
         """Put it under the load of a point. `rate` is for the rated one, in requests per second."""
         plan = point(name).plan(self._server.target, rate)
         pids = tuple(process.pid for share in self._server.shares() for process in share.processes)
-        before = _accelerator(self._server.report)
-        running = asyncio.create_task(self._run(replace(plan, server_pids=pids)))
+        before: dict[str, float] = {}
+
+        def begins() -> None:
+            before.update(_accelerator(self._server.report))
+
+        running = asyncio.create_task(run(replace(plan, server_pids=pids), self._streams_of, begins))
         peak = await self._peak(running) if name == CROWD else {}
         result = await running
-        rises = {share: (top - self._idle.get(share, 0)) / plan.streams for share, top in peak.items()}
+        after = _accelerator(self._server.report)
+        rises = self._rises(peak, plan.streams)
         shares = self._server.shares()
         in_process = any(process.pid == os.getpid() for share in shares for process in share.processes)
         return Measurement(
@@ -164,14 +179,25 @@ class Measured:
                 **_cpu(result, shares),
                 **_told("stream_bytes", rises),
                 **({} if in_process else _generator(result.generator)),
-                "late_share": _late_share(before, _accelerator(self._server.report)),
+                **_accelerator_figures(before, after, result.figures["duration"]),
             },
             failures={kind: failure.example for kind, failure in result.failures.items()},
             bounded=result.generator.bounded and not in_process,
         )
 
-    async def _run(self, plan: Plan) -> Outcome:
-        return await run(plan, self._streams_of)
+    async def _connection_bytes(self) -> Mapping[str, float]:
+        """By share, what an open connection without a request takes; nothing where the server keeps none."""
+        try:
+            async with connected(self._server.target, IDLE_CONNECTIONS) as still_open:
+                await asyncio.sleep(HELD_S)
+                held = _resident(self._server.shares())
+                return self._rises(held, IDLE_CONNECTIONS) if still_open() == IDLE_CONNECTIONS else {}
+        except OSError:
+            return {}
+
+    def _rises(self, held: Mapping[str, int], among: int) -> dict[str, float]:
+        """By how much each share holds more than when it was idle, for each of so many."""
+        return {share: (now - self._idle.get(share, 0)) / among for share, now in held.items()}
 
     async def _peak(self, running: asyncio.Task[Outcome]) -> dict[str, int]:
         """The most that each share held at one look while the run went on."""
@@ -221,6 +247,9 @@ def _generator(cost: GeneratorCost) -> Figures:
     return {
         "generator_cpu_share": cost.cpu_share,
         "generator_cpu_us_per_chunk": cost.cpu_us_per_chunk,
+        "generator_waited_share": cost.waited_share,
+        "median_loop_lag_ms": cost.median_loop_lag_ms,
+        "p99_loop_lag_ms": cost.p99_loop_lag_ms,
         "median_send_lag_ms": cost.median_send_lag_ms,
         "p99_send_lag_ms": cost.p99_send_lag_ms,
     }
@@ -235,7 +264,17 @@ def _accelerator(report: Path) -> Mapping[str, float]:
     return told
 
 
-def _late_share(before: Mapping[str, float], after: Mapping[str, float]) -> float | None:
-    """The share of its time with work in which a modelled accelerator waited for its host."""
+def _accelerator_figures(
+    before: Mapping[str, float], after: Mapping[str, float], duration: float | None
+) -> Figures:
+    """What part of the run a modelled accelerator was at work, and for what part of its time with work it
+    waited for its host. Under a load that never runs out, all the time in which it was not at work is the
+    host's."""
+    if not after or not duration:
+        return {}
     busy, late = (after.get(name, 0.0) - before.get(name, 0.0) for name in ("busy_s", "late_s"))
-    return late / (busy + late) if busy + late > 0 else None
+    return {
+        # A step counts when it is handed over, which may be before the one ahead of it has ended.
+        "busy_share": min(1.0, busy / duration),
+        "late_share": late / (busy + late) if busy + late > 0 else None,
+    }

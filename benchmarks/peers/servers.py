@@ -91,7 +91,9 @@ class Trunkline:
             "engine_args": self.engine.arguments(report),
         }
         limits = {"in_flight": 4096, "queued": 4096}
-        return {"models": [model], "limits": limits, "log_dir": str(log_dir)}
+        # Nobody else knows who calls, or keeps what was used.
+        accounts = {"enabled": False}
+        return {"models": [model], "limits": limits, "accounts": accounts, "log_dir": str(log_dir)}
 
 
 @dataclass

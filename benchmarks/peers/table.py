@@ -11,6 +11,12 @@ from benchmarks.rows import Row, shown
 OURS = "trunkline"
 FLOOR = "bare"
 
+WHOLE_POINTS = ("whole", "whole256")
+"""A server's most requests per second may be at either."""
+
+JUDGED = 5
+"""Rounds, of both sides, below which no target is judged."""
+
 Cell = Callable[[Turns, str], str]
 
 
@@ -42,9 +48,12 @@ def _percentiles(point: str, name: str) -> Cell:
 
 def _generator(point: str) -> Cell:
     def cell(turns: Turns, peer: str) -> str:
-        share = turns.middle(peer, point, "generator_cpu_share")
-        lag = turns.middle(peer, point, "p99_send_lag_ms")
-        return "-" if share is None else f"{share:.0%}" + ("" if lag is None else f" / {lag:.1f}")
+        busy, waited = (turns.middle(peer, point, f"generator_{name}_share") for name in ("cpu", "waited"))
+        lags = (turns.middle(peer, point, f"p99_{name}_lag_ms") for name in ("loop", "send"))
+        if busy is None:
+            return "-"
+        late = max((lag for lag in lags if lag is not None), default=0.0)
+        return f"{busy:.0%} / " + ("-" if waited is None else f"{waited:.0%}") + f" / {late:.1f}"
 
     return cell
 
@@ -53,12 +62,18 @@ def _brief(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
 
 
-def _to_ours(point: str, figure: str) -> Cell:
+def _to_ours(figure: str, *points: str) -> Cell:
+    """Where there are several points, each peer is taken at its best."""
+
     def cell(turns: Turns, peer: str) -> str:
-        ratio = turns.ratio(peer, OURS, point, figure)
-        return "-" if ratio is None else f"{ratio.middle:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"
+        ratio = turns.ratio_of_most(peer, OURS, points, figure)
+        return "-" if ratio is None else f"{ratio.middle:.2f} {_range(ratio)}"
 
     return cell
+
+
+def _range(spread: Spread) -> str:
+    return f"({spread.low:.2f} to {spread.high:.2f} in {spread.rounds})"
 
 
 def _at(points: Sequence[str], cell: Callable[[str], Cell]) -> dict[str, Cell]:
@@ -69,6 +84,7 @@ WHOLE = Section(
     "whole answers of one token",
     {
         "requests/s": _plain("whole", "request_throughput"),
+        "256 at a time": _plain("whole256", "request_throughput"),
         "CPU us each": _plain("whole", "cpu_us_per_request"),
         "engine core": _plain("whole", "cpu_us_per_request/engine core"),
         "ms, p50 / p95 / p99": _percentiles("whole", "e2el"),
@@ -79,20 +95,22 @@ MEMORY = Section(
     "resident memory",
     {
         "idle MB": _plain("idle", "idle_bytes", 1e-6),
+        "kB per connection": _plain("idle", "connection_bytes", 1e-3),
         "kB per stream": _plain("1024", "stream_bytes", 1e-3),
         "router, idle MB": _plain("idle", "idle_bytes/router", 1e-6),
+        "router, kB per connection": _plain("idle", "connection_bytes/router", 1e-3),
         "router, kB per stream": _plain("1024", "stream_bytes/router", 1e-3),
     },
 )
 
 RATIOS = Section(
-    "over Trunkline's: median (least to most) of the rounds",
+    "over Trunkline's: median (least to most in so many rounds)",
     {
-        "CPU/token, 64": _to_ours("64", "cpu_us_per_token"),
-        "tokens/s, 256": _to_ours("256", "output_throughput"),
-        "tokens/s, 1024": _to_ours("1024", "output_throughput"),
-        "CPU, whole": _to_ours("whole", "cpu_us_per_request"),
-        "requests/s, whole": _to_ours("whole", "request_throughput"),
+        "CPU/token, 64": _to_ours("cpu_us_per_token", "64"),
+        "tokens/s, 256": _to_ours("output_throughput", "256"),
+        "tokens/s, 1024": _to_ours("output_throughput", "1024"),
+        "CPU, whole": _to_ours("cpu_us_per_request", "whole"),
+        "requests/s, whole": _to_ours("request_throughput", *WHOLE_POINTS),
     },
 )
 
@@ -108,11 +126,19 @@ def _sections(streams: Sequence[str]) -> Iterator[Section]:
     yield Section("ITL ms, p50 / p95 / p99", _at(loads, lambda at: _percentiles(at, "itl")))
     yield WHOLE
     yield MEMORY
+    closed = ("first", *streams, *WHOLE_POINTS)
+    yield Section(
+        "% of the time that the accelerator was at work",
+        _at(closed, lambda at: _plain(at, "busy_share", 100.0)),
+    )
     yield Section(
         "% of its time with work that the accelerator waited for the host",
         _at(loads, lambda at: _plain(at, "late_share", 100.0)),
     )
-    yield Section("load generator, of a core / ms late at p99", _at((*loads, "whole"), _generator))
+    yield Section(
+        "load generator, of a core / waited for one / ms late at p99",
+        _at((*loads, *WHOLE_POINTS), _generator),
+    )
     yield RATIOS
 
 
@@ -188,7 +214,7 @@ def _whole(turns: Turns) -> Iterator[Row | None]:
         ratio = turns.ratio(OURS, other, "whole", "cpu_us_per_request")
         yield _row(f"5. CPU per whole request, over {other}", ratio, "x", at_most=limit)
     for other, limit in {"vllm-rust": 1.0, "vllm-python": 2.0}.items():
-        ratio = turns.ratio(OURS, other, "whole", "request_throughput")
+        ratio = turns.ratio_of_most(OURS, other, WHOLE_POINTS, "request_throughput")
         yield _row(f"5. whole requests/s, over {other}", ratio, "x", at_least=limit)
 
 
@@ -203,5 +229,7 @@ def _row(
     if spread is None:
         return None
     wanted = f"at least {at_least:g}" if at_most == float("inf") else f"at most {at_most:g}"
-    name = f"{name} ({spread.low:.2f} to {spread.high:.2f} in {spread.rounds})"
+    name = f"{name} {_range(spread)}"
+    if spread.rounds < JUDGED:
+        return Row(name, spread.middle, unit, f"{wanted}, judged from {JUDGED} rounds on")
     return Row(name, spread.middle, unit, wanted, at_least <= spread.middle <= at_most)

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import sys
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 from datetime import datetime
@@ -21,7 +22,7 @@ from hypothesis import strategies as st
 
 from benchmarks import load
 from benchmarks.answer import Answer, StreamReader
-from benchmarks.client import Client, Target
+from benchmarks.client import Client, Target, connected
 from benchmarks.load import Plan, run
 from benchmarks.points import wait
 from benchmarks.result import Outcome
@@ -256,13 +257,43 @@ async def test_latency_counts_from_when_a_request_was_due(serve: Serve) -> None:
     assert result.generator.bounded
 
 
-async def test_a_free_stream_sends_at_once(serve: Serve) -> None:
-    """In a closed loop the lag is from an answer's end to the next request, and a first one has none."""
+async def test_a_closed_loop_has_no_moment_to_be_late_for(serve: Serve) -> None:
+    """In a closed loop no request is late; how late an answer's end is read, the loop's own lag tells. Here
+    one loop serves both ends, and a server that holds it is felt."""
     peer = await serve(good)
     result = await loaded(peer, streams=4, requests=200)
-    assert result.generator.median_send_lag_ms is not None
-    assert result.generator.median_send_lag_ms < 5
-    assert (await loaded(peer, streams=4, requests=4)).generator.p99_send_lag_ms is None
+    assert result.generator.p99_send_lag_ms is None
+    assert result.generator.p99_loop_lag_ms is not None
+
+    async def holding(asked: Asked) -> None:
+        time.sleep(0.05)  # noqa: ASYNC251 - to hold the loop is the point
+        await good(asked)
+
+    held = (await loaded(await serve(holding), streams=4, requests=8)).generator
+    assert held.p99_send_lag_ms is None
+    assert (held.p99_loop_lag_ms or 0) > 30
+    assert held.bounded
+
+
+async def test_what_counts_begins_after_the_warm_up(serve: Serve) -> None:
+    """Whoever wants to know is told when the warm-up has ended, before the first request that counts."""
+    peer = await serve(good)
+    sent: list[int] = []
+    wanted = plan(peer, streams=2, requests=10, warm_up=4)
+    await run(wanted, begins=lambda: sent.append(len(peer.asked)))
+    assert sent == [4]
+
+
+async def test_connections_stand_open_without_a_request(serve: Serve) -> None:
+    """As many connections as are wanted stand open and ask nothing; one that the server closes is not counted
+    as open."""
+    peer = await serve(good)
+    async with connected(Target("127.0.0.1", peer.port), 20) as still_open:
+        await wait(lambda: peer.connections == 20, "every connection")
+        assert still_open() == 20
+        await peer.stop()
+        await wait(lambda: still_open() == 0, "their ends")
+    assert not peer.asked
 
 
 # ---- torn and odd streams -----------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from benchmarks.peers.table import table, targets
 from benchmarks.peers.turns import Spread, Turn, Turns
 from benchmarks.processes import read
 from benchmarks.result import Commit, Machine
+from benchmarks.rows import table as rows_table
 from tests.benchmarks.peer import Asked, chunk, event, usage
 from tests.benchmarks.peer import Peer as Server
 
@@ -72,12 +73,39 @@ def test_half_of_saturation_is_of_the_first_round_that_says_it() -> None:
 
 def test_each_target_is_judged_by_the_median() -> None:
     """A target of which there are figures is a row, met where its median over the rounds is."""
-    rows = targets(Turns([*cost("trunkline", 9, 9, 30), *cost("vllm-rust", 10, 10, 10)]))
+    rows = targets(Turns([*cost("trunkline", 9, 9, 9, 30, 8), *cost("vllm-rust", *[10] * 5)]))
     assert [(row.promise, row.met) for row in rows] == [("at most 1", True)]
     assert rows[0].value == pytest.approx(0.9)
-    assert "(0.90 to 3.00 in 3)" in rows[0].name
-    (row,) = targets(Turns([*cost("trunkline", 11), *cost("vllm-rust", 10)]))
+    assert "(0.80 to 3.00 in 5)" in rows[0].name
+    (row,) = targets(Turns([*cost("trunkline", *[11] * 5), *cost("vllm-rust", *[10] * 5)]))
     assert row.met is False
+
+
+def test_no_target_is_judged_by_few_rounds() -> None:
+    """Where fewer than five rounds have both sides, a target is neither met nor missed, and says so."""
+    turns = Turns([*cost("trunkline", *[9] * 6), *cost("vllm-rust", *[10] * 4)])
+    (row,) = targets(turns)
+    assert row.value == pytest.approx(0.9)
+    assert row.met is None
+    assert row.promise == "at most 1, judged from 5 rounds on"
+    assert "in 4)" in row.name
+    assert rows_table([row]).splitlines()[1].endswith("judged from 5 rounds on")
+
+
+def test_whole_requests_are_compared_at_each_ones_best() -> None:
+    """A server that gives most whole answers per second at 256 at a time is taken there, one that does at 64
+    is taken there, round by round."""
+
+    def whole(peer: str, number: int, few: float, many: float) -> Turn:
+        return turn(peer, number, whole={"request_throughput": few}, whole256={"request_throughput": many})
+
+    ours = [whole("trunkline", number, few=100, many=120) for number in range(1, 6)]
+    theirs = [whole("vllm-rust", number, few=130, many=90 + 10 * number) for number in range(1, 6)]
+    (row,) = targets(Turns([*ours, *theirs]))
+    assert row.name == "5. whole requests/s, over vllm-rust (0.86 to 0.92 in 5)"
+    assert row.value == pytest.approx(120 / 130)
+    assert row.met is False
+    assert " 1.08 (1.08 to 1.17 in 5)" in table(Turns([*ours, *theirs]), TITLES)
 
 
 def test_the_table_says_what_is_to_be_doubted() -> None:
@@ -87,13 +115,38 @@ def test_the_table_says_what_is_to_be_doubted() -> None:
     second.failure = "it ended by itself\nand more"
     text = table(Turns([first, second]), TITLES)
     assert [line.split() for line in text.splitlines()[1:3]] == [["Trunkline", "10"], ["Rust", "20"]]
-    assert "2.00 (2.00 to 2.00)" in text
+    assert "2.00 (2.00 to 2.00 in 1)" in text
     assert "TTFT" not in text
-    assert text.splitlines()[-3:] == [
-        "! round 1, trunkline, 64: bounded by the load generator",
+    assert text.splitlines()[-4:] == [
         "! round 1, trunkline, 64: answers failed, status 503: busy",
         "! round 1, vllm-rust: it ended by itself",
+        "! trunkline: bounded by the load generator at 64 (1 of 1 rounds)",
+        "! vllm-rust: measured in 0 of 1 rounds",
     ]
+
+
+def test_where_the_host_was_the_limit_is_to_be_doubted() -> None:
+    """Under a load that never runs out an accelerator works all the time: one that did not has waited for its
+    host, and the line says at which numbers of streams, by the median over the rounds."""
+    shares = [(0.99, 0.97, 0.2), (0.98, 0.5, 0.3), (0.999, 0.99, 0.4)]
+    turns = [
+        turn(
+            "trunkline",
+            number,
+            first={"busy_share": 0.9},
+            _1={"busy_share": one},
+            _64={"busy_share": some},
+            _1024={"busy_share": many},
+            half={"busy_share": 0.5},
+        )
+        for number, (one, some, many) in enumerate(shares, start=1)
+    ]
+    text = table(Turns(turns), TITLES)
+    (doubt,) = [line for line in text.splitlines() if line.startswith("!")]
+    assert (
+        doubt == "! trunkline: the host was the limit, not the accelerator, at 1024 (30% of the time at work)"
+    )
+    assert ["Trunkline", "90", "99", "97", "30"] in [line.split() for line in text.splitlines()]
 
 
 # ---- the record ----------------------------------------------------------------------------------------
@@ -190,32 +243,36 @@ class Answering:
 
 
 async def test_a_point_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A measurement has the generator's figures, CPU and memory by share, and how long the accelerator waited
-    for its host meanwhile."""
+    """A measurement has the generator's figures, CPU and memory by share, for how much of the run the
+    accelerator was at work, and how long it waited for its host; of the warm-up nothing is in it."""
     report = tmp_path / "report.json"
-    report.write_text(json.dumps({"busy_s": 5.0, "late_s": 1.0}))
 
     async def answer(asked: Asked) -> None:
-        length = asked.body["max_tokens"]
-        report.write_text(json.dumps({"busy_s": 8.0, "late_s": 2.0}))
+        length, counts = asked.body["max_tokens"], len(server.asked) > POINTS["16"].warm_up
+        report.write_text(json.dumps({"busy_s": 5.0 + 0.15 * counts, "late_s": 1.0 + 0.05 * counts}))
         last = event({"choices": [], "usage": usage(7, length)})
         await asked.stream(chunk("text"), chunk(None, "length"), last, event(b"[DONE]"))
 
     server = Server(answer)
     await server.start()
     monkeypatch.setitem(measure.POINTS, "8", replace(POINTS["16"], streams=8, duration=0.3))
+    monkeypatch.setattr(measure, "IDLE_CONNECTIONS", 8)
     subject = Measured(Answering(Target("127.0.0.1", server.port), report))
     monkeypatch.setattr(measure, "WARM_UP", replace(measure.WARM_UP, duration=0.1))
     idle = await subject.warm_up()
-    report.write_text(json.dumps({"busy_s": 5.0, "late_s": 1.0}))
+    report.write_text(json.dumps({"busy_s": 2.0, "late_s": 0.0}))
+    server.asked.clear()
     found = await subject.at("8", None)
     await server.stop()
     assert idle.figures["idle_bytes"] == idle.figures["idle_bytes/server"]
     assert (idle.figures["idle_bytes"] or 0) > 1e7
+    assert idle.figures["connection_bytes"] == idle.figures["connection_bytes/server"]
+    assert server.connections >= 8 + 16 + 8
     assert found.failures == {}
     figures = found.figures
     assert (figures["completed"] or 0) % 8 == 0
     assert figures["late_share"] == pytest.approx(0.25)
+    assert figures["busy_share"] == pytest.approx(0.15 / (figures["duration"] or 0))
     assert (figures["cpu_us_per_token"] or 0) > 0
     assert figures["cpu_us_per_request"] == pytest.approx((figures["cpu_us_per_token"] or 0) * 128)
     assert not found.bounded, "the server is the generator's own process, which cannot be told apart"

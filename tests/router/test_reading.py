@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ from hypothesis import strategies as st
 
 from router.errors import InvalidRequest
 from router.protocol import read_json
-from router.reading import MAX_KNOWN, MAX_KNOWN_BYTES, known
+from router.reading import MAX_KNOWN, MAX_KNOWN_BYTES, known, read_chat
+from router.settings import ModelSettings
 from serving.messages import Chat, Message, ToolCall
 from tests.router.asking import HELLO, chat, parse
 from tests.router.test_parameters import BOTH, ONLY_CHAT
@@ -139,11 +141,63 @@ def test_settings_of_a_model_hold_for_its_own_requests() -> None:
         assert parse(body, stream_role="every").role_in_every_chunk is True
 
 
+def test_a_seed_is_a_requests_own() -> None:
+    """Requests that differ in nothing else have each their own seed, or none."""
+    for seed in (7, 8, -(2**63), 2**63 - 1, None, 0, 7):
+        assert chat(seed=seed).sampling.seed == seed
+    assert chat().sampling.seed is None
+
+
+FRESH: dict[str, Callable[[int], Any]] = {
+    "seed": int,
+    "user": str,
+    "metadata": lambda number: {"run": number},
+    "safety_identifier": str,
+    "prompt_cache_key": str,
+}
+"""Fields of which clients send a new value each time, and such a value."""
+
+
+@pytest.mark.parametrize("name", FRESH)
+def test_what_is_another_each_time_is_not_remembered(name: str) -> None:
+    """However many values of such a field come, the parameters beside it are one set."""
+    known.clear()
+    for number in range(2 * MAX_KNOWN):
+        assert chat(max_tokens=9, **{name: FRESH[name](number)}).sampling.max_tokens == 9
+    assert len(known) == 1
+
+
+@pytest.mark.parametrize("missing", [{}, {"model": None}, {"model": ""}, {"model": 5}])
+def test_a_request_names_a_model_also_with_remembered_parameters(missing: dict[str, Any]) -> None:
+    """What the parameters mean hangs on no model, but without one there is no request."""
+    own = ModelSettings(name="m")
+    for body in ({"model": "m"}, {"model": "n"}, missing):
+        data = {**body, "messages": HELLO}
+        if body is missing:
+            with pytest.raises(InvalidRequest):
+                read_chat(data, own, "chatcmpl-key", "m", 0)
+        else:
+            assert read_chat(data, own, "chatcmpl-key", "m", 0).model == "m"
+
+
+def test_what_is_used_is_not_forgotten() -> None:
+    """Parameters that come again and again stay known, however many others come once."""
+    known.clear()
+    chat(max_tokens=9)
+    (often,) = known
+    for number in range(2 * MAX_KNOWN):
+        chat(stop=str(number))
+        chat(max_tokens=9)
+        assert often in known
+    assert len(known) == MAX_KNOWN
+
+
 def test_what_is_remembered_is_bounded() -> None:
     """However many sets of parameters come, and however long they are, few and short ones are kept."""
-    for seed in range(2 * MAX_KNOWN):
-        assert chat(seed=seed).sampling.seed == seed
+    for number in range(2 * MAX_KNOWN):
+        assert chat(stop=str(number)).sampling.stop == (str(number),)
     assert len(known) <= MAX_KNOWN
-    long = "u" * MAX_KNOWN_BYTES
-    assert chat(user=long) == chat()
+    long = tuple(letter * 1000 for letter in "abcd")
+    assert chat(stop=[*long]).sampling.stop == long
+    assert chat(user="u" * MAX_KNOWN_BYTES) == chat()
     assert all(len(written) <= MAX_KNOWN_BYTES for written, *_ in known)

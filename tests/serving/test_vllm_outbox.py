@@ -81,6 +81,16 @@ async def test_a_turns_messages_leave_together(wire: Wire) -> None:
     assert wire.arrived() == [[b"last"]]
 
 
+@pytest.mark.parametrize("bad", range(MOST))
+async def test_a_message_that_cannot_be_sent_takes_no_other_with_it(wire: Wire, bad: int) -> None:
+    """Wherever it stands among a turn's messages, the others arrive, and their senders hear nothing of it."""
+    messages = [b"%d" % number for number in range(MOST)]
+    for number, message in enumerate(messages):
+        await wire.send(5 if number == bad else message)
+    await asyncio.sleep(0)
+    assert wire.arrived() == [[message] for message in messages if message != messages[bad]]
+
+
 async def test_what_waits_at_the_end_is_dropped(wire: Wire) -> None:
     """A socket that is closed with a message waiting, as at the engine's end, sends nothing and raises
     nothing."""

@@ -69,12 +69,16 @@ answers = st.tuples(
 )
 """Of one choice: what each step brings, why it ends if it does, how many tokens of its prompt were cached."""
 
+REMOTE = {"kv_transfer_params": {"do_remote_prefill": True, "remote_prefill_cached_tokens": 3}}
+"""What a KV connector tells of a prompt that another engine has computed."""
+
 samplings = st.fixed_dictionaries(
     {},
     optional={
         "stop": st.sampled_from([["rail"], ["zz", "\n"]]),
         "skip_special_tokens": st.just(False),
         "spaces_between_special_tokens": st.just(False),
+        "extra_args": st.just(REMOTE),
     },
 )
 
@@ -174,8 +178,14 @@ def test_it_tells_what_vllm_tells(told: Any, prompt: str, sampling: dict[str, An
 
 @pytest.mark.parametrize(
     ("sampling", "shorter"),
-    [({}, True), ({"logprobs": 1}, False), ({"prompt_logprobs": 1}, False), ({"stop": ["a"]}, False)],
-    ids=["text", "logprobs", "logprobs of the prompt", "a stop string"],
+    [
+        ({}, True),
+        ({"logprobs": 1}, False),
+        ({"prompt_logprobs": 1}, False),
+        ({"stop": ["a"]}, False),
+        ({"extra_args": REMOTE}, False),
+    ],
+    ids=["text", "logprobs", "logprobs of the prompt", "a stop string", "a prompt computed elsewhere"],
 )
 def test_only_what_is_plain_goes_the_shorter_way(sampling: dict[str, Any], *, shorter: bool) -> None:
     """A request of which text alone is wanted has a decoder of its own, any other has none."""

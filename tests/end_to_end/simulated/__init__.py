@@ -1,0 +1,2 @@
+SIMULATED = "simulated"
+STREAMS = 512
