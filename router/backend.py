@@ -62,6 +62,10 @@ class Stream(Protocol):
         """Tokens of the prompt, by the count of whatever answers; 0 until it has told it."""
 
     @property
+    def completion_tokens(self) -> int | None:
+        """Generated tokens, by the same count, over all choices; None until it has told it."""
+
+    @property
     def replica(self) -> str:
         """Who answers, for the log."""
 
@@ -90,6 +94,9 @@ class Backend(Protocol):
     @property
     def waiting(self) -> int:
         """Requests that wait for something to take them."""
+
+    def check(self, job: Job) -> None:
+        """Raises the ApiError of a job that could not be done at any time, so that it waits for nothing."""
 
     async def generate(self, job: Job, timeout_s: float, tried: Callable[[Stream], None]) -> Stream:
         """A stream that has bytes to read. `tried` is told of each stream as it is opened.

@@ -373,7 +373,7 @@ class TooManyConnections(RetryLater):
 
 def from_refusal(refused: Refused) -> ApiError:
     """The error that a replica's refusal is to the client, in the replica's words."""
-    headers = _retry_after(1) if refused.status in {429, 503} else None
+    headers = _retry_after(refused.retry_after or 1) if refused.status in {429, 503} else None
     error = ApiError(refused.message, param=refused.param, code=refused.code, headers=headers)
     error.status = refused.status
     return error

@@ -46,6 +46,9 @@ from serving.messages import Chat, NamedTool, Sampling, Text
 MAX_STOP = 4
 """Stop strings of one request."""
 
+MAX_STOP_CHARACTERS = 1024
+"""Of each. As long as a text may be the beginning of one, it is held back."""
+
 MAX_LOGIT_BIAS = 1024
 """Entries of logit_bias. vLLM's GPU runner has room for as many and fails with more."""
 
@@ -79,7 +82,8 @@ OrNull = Annotated[T, _OrNull()]
 
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 NonEmpty = Annotated[str, Field(min_length=1)]
-StopStrings = Annotated[list[NonEmpty], Field(max_length=MAX_STOP, fail_fast=True)]
+StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
+StopStrings = Annotated[list[StopString], Field(max_length=MAX_STOP, fail_fast=True)]
 TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
 TokenIdKey = Annotated[str, Field(pattern=r"^[0-9]{1,10}$")]
 Bias = Annotated[float, Field(ge=-100, le=100)]
@@ -194,9 +198,10 @@ class GenerationRequest(BaseModel):
         " allows. Choice i takes seed + i.",
         examples=[42],
     )
-    stop: NonEmpty | StopStrings | None = Field(
+    stop: StopString | StopStrings | None = Field(
         None,
-        description="Strings at which generation ends. The returned text does not contain them.",
+        description=f"Strings at which generation ends, of at most {MAX_STOP_CHARACTERS} characters each. The"
+        " returned text does not contain them.",
         examples=["\n\n", ["###", "User:"]],
     )
     top_k: OrNull[Annotated[int, Field(ge=-1)]] = Field(
@@ -212,7 +217,8 @@ class GenerationRequest(BaseModel):
     )
     ignore_eos: OrNull[bool] = Field(
         default=False,
-        description="Whether to go on where the model would end, up to max_tokens.",
+        description="Whether to go on where the model would end, up to max_tokens. Not where the answer has a"
+        " form that ends: JSON, or a call that must be made.",
         examples=[False],
     )
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKEN_IDS, fail_fast=True)] | None = (
@@ -498,8 +504,10 @@ def _check_chat(request: ChatRequest) -> None:
             f" {shown(request.max_completion_tokens)} is not {shown(request.max_tokens)}",
             param="max_completion_tokens",
         )
-    if request.top_logprobs and not request.logprobs:
+    if request.top_logprobs is not None and not request.logprobs:
         raise InvalidRequest("top_logprobs needs logprobs to be true, not false", param="top_logprobs")
+    if request.ignore_eos:
+        _check_endless(request)
     for position, message in enumerate(request.messages):
         if isinstance(message, AssistantMessage) and message.content is None and not message.tool_calls:
             raise missing(
@@ -508,6 +516,18 @@ def _check_chat(request: ChatRequest) -> None:
             )
     if request.tools or request.tool_choice:
         _check_tools(request)
+
+
+def _check_endless(request: ChatRequest) -> None:
+    """Where an answer has a form, text of no form would follow it."""
+    form = request.response_format
+    if form is not None and form.to_message() is not None:
+        beside = f"a response_format of type {form.type}"
+    elif request.tools and request.tool_choice not in {None, "none", "auto"}:
+        beside = "a tool_choice that must be followed"
+    else:
+        return
+    raise wrong("ignore_eos", f"false or left out beside {beside}", value=True)
 
 
 def _check_tools(request: ChatRequest) -> None:

@@ -12,12 +12,16 @@ import io
 import socket
 from collections.abc import Awaitable, Mapping
 from contextlib import suppress
+from contextvars import ContextVar
+from functools import partial
 from importlib.metadata import version
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 from urllib.parse import urlsplit
 
 import aiohttp
 import structlog
+from aiohttp.client_proto import ResponseHandler
+from aiohttp.connector import Connection
 from aiohttp.http_exceptions import HttpProcessingError
 from pydantic import SecretStr
 
@@ -27,7 +31,7 @@ log = structlog.get_logger(__name__)
 
 KEEP_ALIVE_S = 30.0
 """Seconds that an idle connection is kept: shorter than most providers keep theirs, as a request that meets
-the end of its connection fails."""
+the end of its connection has to be sent again."""
 
 UNSENT_S = 60.0
 """Seconds that a provider may leave what we send it lying, before its connection is dropped."""
@@ -51,15 +55,10 @@ class Provider:
         """For logs."""
         self._base_url = base_url
         self._connect_s = connect_s
-        self._session = aiohttp.ClientSession(
-            # As many connections as there are requests; admission bounds those.
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S, socket_factory=_socket),
-            cookie_jar=aiohttp.DummyCookieJar(),
-            headers={"user-agent": f"trunkline/{version('trunkline')}", "accept-encoding": "identity"},
-            read_bufsize=buffer_bytes // 2,  # the library stops reading at twice as much
-            timeout=aiohttp.ClientTimeout(total=None, connect=connect_s),
-            trust_env=False,
-        )
+        self._buffer_bytes = buffer_bytes
+        self._pooled = self._session(keepalive_timeout=KEEP_ALIVE_S)
+        self._fresh = self._session(force_close=True)
+        """Every request has a new connection."""
         self.open: set[Answer] = set()
         """Answers that have not been closed."""
         self.closed = False
@@ -77,10 +76,7 @@ class Provider:
             "content-type": "application/json",
             "x-request-id": request_id,
         }
-        sent = self._session.post(
-            self._base_url + path, data=io.BytesIO(body), headers=headers, allow_redirects=False
-        )
-        return Answer(self, await self.guarded(sent))
+        return Answer(self, await self.guarded(self._sent(self._base_url + path, body, headers)))
 
     async def guarded(self, awaitable: Awaitable[T]) -> T:
         """What the library's awaitable gives. Raises UpstreamTimeout, UpstreamFailed or ShuttingDown."""
@@ -99,7 +95,38 @@ class Provider:
         # One whose end has still to be written may take as long as the provider likes.
         with suppress(TimeoutError):
             async with asyncio.timeout(CLOSE_S):
-                await self._session.close()
+                await asyncio.gather(self._pooled.close(), self._fresh.close())
+
+    def _session(self, **connections: Any) -> aiohttp.ClientSession:
+        return aiohttp.ClientSession(
+            # As many connections as there are requests; admission bounds those.
+            connector=_Connector(limit=0, socket_factory=_socket, **connections),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            headers={"user-agent": f"trunkline/{version('trunkline')}", "accept-encoding": "identity"},
+            read_bufsize=self._buffer_bytes // 2,  # the library stops reading at twice as much
+            timeout=aiohttp.ClientTimeout(total=None, connect=self._connect_s),
+            trust_env=False,
+        )
+
+    async def _sent(self, url: str, body: bytes, headers: Mapping[str, str]) -> aiohttp.ClientResponse:
+        """The response to a request. A provider may close a pooled connection at the moment at which it is
+        used again: where one that was used before ends without a word, the request is sent once more."""
+        use = _Use()
+        before = _use.set(use)
+        try:
+            return await self._post(self._pooled, url, body, headers)
+        except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
+            if self.closed or not use.was_pooled or use.has_said_something:
+                raise
+        finally:
+            _use.reset(before)
+        log.info("a provider had closed a connection that was kept", provider=self.host)
+        return await self._post(self._fresh, url, body, headers)
+
+    async def _post(
+        self, session: aiohttp.ClientSession, url: str, body: bytes, headers: Mapping[str, str]
+    ) -> aiohttp.ClientResponse:
+        return await session.post(url, data=io.BytesIO(body), headers=headers, allow_redirects=False)
 
     def _translated(self, error: Exception) -> ApiError:
         if self.closed:
@@ -161,6 +188,55 @@ class Answer:
         finally:
             self._ending = None
             self.close()
+
+
+class _Connection(ResponseHandler):
+    """One that knows whether anything has come since it was last taken."""
+
+    used = False
+    heard = False
+
+    def data_received(self, data: bytes) -> None:
+        self.heard = True
+        super().data_received(data)
+
+
+class _Use:
+    """Of a connection, for one request."""
+
+    connection: _Connection | None = None
+    was_pooled = False
+
+    @property
+    def has_said_something(self) -> bool:
+        """Whether any of an answer has come."""
+        return self.connection is not None and self.connection.heard
+
+
+_use: ContextVar[_Use] = ContextVar("_use")
+"""Of the request that is being sent."""
+
+
+class _Connector(aiohttp.TCPConnector):
+    """Tells of each connection that it gives whether it was used before."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        # A factory of what it otherwise makes itself.
+        self._factory = partial(_Connection, loop=self._loop)  # type: ignore[assignment]
+
+    async def connect(
+        self,
+        req: aiohttp.ClientRequest,
+        traces: Any,
+        timeout: aiohttp.ClientTimeout,  # noqa: ASYNC109 - the library calls it so
+    ) -> Connection:
+        connection = await super().connect(req, traces, timeout)
+        made = cast("_Connection", connection.protocol)
+        if (use := _use.get(None)) is not None:
+            use.connection, use.was_pooled = made, made.used
+        made.used, made.heard = True, False
+        return connection
 
 
 def _socket(address: tuple[Any, ...]) -> socket.socket:

@@ -144,7 +144,7 @@ class Refusals:
             return _one_of(node["enum"])
         match node["type"]:
             case "string":
-                return "a non-empty string" if node.get("minLength") else "a string"
+                return ("a non-empty string" if node.get("minLength") else "a string") + _length(node)
             case "boolean":
                 return "true or false"
             case "integer" | "number":
@@ -174,6 +174,10 @@ def _array(node: Schema) -> str:
     if "maxItems" in node:
         return f"an array of up to {node['maxItems']} items, each "
     return "a non-empty array, each item " if node.get("minItems") else "an array, each item "
+
+
+def _length(node: Schema) -> str:
+    return f" of at most {node['maxLength']} characters" if "maxLength" in node else ""
 
 
 def _range(node: Schema) -> str:

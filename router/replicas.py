@@ -67,6 +67,9 @@ class Replicas:
             return "ready"
         return "failed" if self.failed else "loading"
 
+    def check(self, job: Job) -> None:
+        """What there is against a request its replica says."""
+
     async def generate(self, job: Job, timeout_s: float, tried: Callable[[Stream], None]) -> TrunkStream:
         """A stream from the replica with the least to do.
 

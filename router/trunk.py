@@ -296,6 +296,11 @@ class TrunkStream:
         self._heard_at = perf_counter()
 
     @property
+    def completion_tokens(self) -> int | None:
+        """Generated tokens by the engine's count; None until the answer has ended."""
+        return None if self.usage is None else self.usage.completion_tokens
+
+    @property
     def replica(self) -> str:
         """Who generates."""
         return self._trunk.replica

@@ -5,8 +5,10 @@ under the name that was asked for.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable
 from contextlib import suppress
+from typing import Any
 
 from pydantic import SecretStr
 from pydantic_core import to_json
@@ -15,7 +17,8 @@ from router.backend import Direct, Job, Kind, Piece, State, Stream, within
 from router.errors import ApiError, FirstTokenTimeout, MissingProviderKey, SlowReader, Stalled, UpstreamFailed
 from router.provider import Answer, Provider
 from router.provider_errors import REFUSAL_BYTES, provider_error
-from router.relay import relay
+from router.refusals import wrong
+from router.relay import Asked, relay
 from router.settings import ModelTimeouts, UpstreamModel, is_provider_key
 from serving.messages import Chat
 
@@ -44,14 +47,19 @@ class Upstream:
 
     async def generate(self, job: Job, timeout_s: float, tried: Callable[[Stream], None]) -> UpstreamStream:
         """A stream of what the provider answers. It is asked once: who wants to try again is the client."""
-        stream = UpstreamStream(self.provider, job, self._key(job), self._settings.timeouts)
+        key = self._key(job)
+        body = request_body(job, self._settings.upstream_name)
+        stream = UpstreamStream(self.provider, job, key, self._settings.timeouts)
         tried(stream)
         try:
-            await stream.start(request_body(job, self._settings.upstream_name))
+            await stream.start(body)
         except BaseException:
             stream.close()
             raise
         return stream
+
+    def check(self, job: Job) -> None:
+        self._key(job)
 
     async def close(self) -> None:
         await self.provider.close()
@@ -73,10 +81,12 @@ class UpstreamStream:
         self.overflowed: Callable[[SlowReader], None] | None = None
         self.direct: Direct | None = None
         self._provider = provider
-        self._job = job
+        # Of the job no more is kept than is needed: a conversation may be long, and so may an answer take.
+        self._path = "/chat/completions" if isinstance(job.request, Chat) else "/completions"
+        self._request_id = job.key
         self._key = key
         self._timeouts = timeouts
-        self._relay = relay(job, key)
+        self._relay = relay(Asked.by(job.request), key)
         self._answer: Answer | None = None
 
     @property
@@ -84,15 +94,18 @@ class UpstreamStream:
         return self._relay.prompt_tokens
 
     @property
+    def completion_tokens(self) -> int | None:
+        return self._relay.completion_tokens
+
+    @property
     def replica(self) -> str:
         return self._provider.host
 
     async def start(self, body: bytes) -> None:
         """Returns when there is something to read. Raises ApiError."""
-        path = "/chat/completions" if isinstance(self._job.request, Chat) else "/completions"
         seconds = self._timeouts.first_token_s
         async with within(seconds, FirstTokenTimeout(seconds)):
-            answer = self._answer = await self._provider.post(path, body, self._key, self._job.key)
+            answer = self._answer = await self._provider.post(self._path, body, self._key, self._request_id)
             if answer.status != 200:
                 raise await self._refusal(answer)
             self.accepted = True
@@ -147,4 +160,19 @@ def request_body(job: Job, upstream_name: str) -> bytes:
     if job.request.stream:
         # What was used is always asked for; the relay keeps it from clients that did not ask.
         fields["stream_options"] = {**fields.get("stream_options", {}), "include_usage": True}
-    return to_json(fields)
+    written = to_json(fields)
+    if b"Infinity" in written and (found := _infinite(fields)) is not None:
+        # No other number is one to everybody who reads JSON.
+        raise wrong(found[0], "a number from -1.8e308 to 1.8e308", found[1])
+    return written
+
+
+def _infinite(value: Any, path: str = "") -> tuple[str, float] | None:
+    """The first number in some JSON that was too large to be one, and where it stands."""
+    if isinstance(value, dict):
+        places = ((f"{path}.{name}".removeprefix("."), each) for name, each in value.items())
+    elif isinstance(value, list):
+        places = ((f"{path}[{number}]", each) for number, each in enumerate(value))
+    else:
+        return (path, value) if isinstance(value, float) and math.isinf(value) else None
+    return next(filter(None, (_infinite(each, place) for place, each in places)), None)

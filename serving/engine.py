@@ -18,13 +18,21 @@ class Refusal(Exception):
     """The request cannot be generated, and the client is told why in these words."""
 
     def __init__(
-        self, message: str, *, status: int = 400, param: str | None = None, code: str | None = None
+        self,
+        message: str,
+        *,
+        status: int = 400,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: float | None = None,
     ) -> None:
+        """`retry_after`: seconds after which the same request may be taken, where that is known."""
         super().__init__(message)
         self.message = message
         self.status = status
         self.param = param
         self.code = code
+        self.retry_after = retry_after
 
 
 class EngineDead(Exception):
@@ -95,6 +103,9 @@ class Prompt:
     """Its text, where the request wants it echoed."""
     parser: Callable[[], Parser] | None = None
     """Makes what reads one choice's answer; None where an answer is nothing but its text."""
+    decoder: Callable[[], Callable[[int], str]] | None = None
+    """Makes what tells, of each token of one choice's answer in turn, what it adds to the text. None where
+    each `put` of an engine has a text and the tokens that spell it, and one of them at most is a mark."""
 
 
 class Sink(Protocol):

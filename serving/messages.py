@@ -15,7 +15,7 @@ from typing import Literal
 
 import msgspec
 
-PROTOCOL = 2
+PROTOCOL = 3
 """Version of everything in this file; two ends of different versions refuse each other."""
 
 MAX_FRAME = 64 * 1024 * 1024
@@ -211,6 +211,8 @@ class Refused(msgspec.Struct, frozen=True, array_like=True, tag=2):
     message: str
     param: str | None = None
     code: str | None = None
+    retry_after: float | None = None
+    """Seconds after which the same request may be taken, where that is known."""
 
 
 class Chunk(msgspec.Struct, frozen=True, array_like=True, tag=3, gc=False):

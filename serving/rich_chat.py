@@ -73,7 +73,7 @@ class RichStream(EventStream):
 
 
 class RichBody(Body):
-    """A sink that gathers the choices and reads each when it has ended."""
+    """A sink that gathers what a stream would have shown of each choice."""
 
     def __init__(self, request: Chat, prompts: Sequence[Prompt], outlet: Outlet) -> None:
         super().__init__(request, prompts, outlet, "chat.completion")
@@ -93,7 +93,7 @@ class RichBody(Body):
         self._completion_tokens += len(token_ids)
         self._length += len(text) + self._logprobs[choice].add(logprobs) // CHARACTER
         parsed = self._choices[choice]
-        parsed.add(text, token_ids)
+        parsed.delta(text, token_ids, finished=finish_reason is not None)
         if finish_reason is None:
             self._gathered(choice, None)
             return

@@ -338,7 +338,14 @@ class ReplicaStream:
     def refused(self, refusal: Refusal) -> None:
         if not self._closed:
             self._connection.emit(
-                Refused(self._stream, refusal.status, refusal.message, refusal.param, refusal.code)
+                Refused(
+                    self._stream,
+                    refusal.status,
+                    refusal.message,
+                    refusal.param,
+                    refusal.code,
+                    refusal.retry_after,
+                )
             )
             self._engine.cancel(self._request.id)
             self._close()

@@ -25,11 +25,11 @@ from vllm.renderers.hf import safe_apply_chat_template
 from vllm.renderers.online_renderer import OnlineRenderer
 from vllm.sampling_params import StructuredOutputsParams
 
-from serving.engine import Parser, Prompt, Refusal
+from serving.engine import Prompt, Refusal
 from serving.messages import Chat, Message, NamedTool, ResponseFormat, Tool
 from serving.settings import EngineSettings
 from serving.vllm_grammars import Grammars
-from serving.vllm_parsing import ChoiceParser
+from serving.vllm_parsing import ChoiceParser, new_decoder
 from serving.vllm_requests import COUNTED_CONTEXTS, Rendered, prompt_refusal
 
 
@@ -96,7 +96,14 @@ class ConversationRenderer:
             {} if constraint is None else self._reasoning(request, tokens),
             constrained_by,
         )
-        return Prompt(len(tokens), rendered, parser=self._parser(request, tokens))
+        if not self._is_parsed(request):
+            return Prompt(len(tokens), rendered)
+        return Prompt(
+            len(tokens),
+            rendered,
+            parser=lambda: ChoiceParser(self._new_parser(request), request, tokens),
+            decoder=lambda: new_decoder(self._renderer.get_tokenizer(), request, tokens),
+        )
 
     def _request(self, chat: Chat) -> CountedRequest:
         calls = bool(chat.tools) and chat.tool_choice != "none"
@@ -135,10 +142,9 @@ class ConversationRenderer:
         words = self._online.effective_chat_template_kwargs(request)
         return ended | {"reasoning_parser_kwargs": {"chat_template_kwargs": words}}
 
-    def _parser(self, request: CountedRequest, tokens: list[int]) -> Callable[[], Parser] | None:
-        if self.finds_reasoning or (self._finds_tools and request.tools and request.tool_choice != "none"):
-            return lambda: ChoiceParser(self._new_parser(request), request, tokens)
-        return None
+    def _is_parsed(self, request: CountedRequest) -> bool:
+        calls = self._finds_tools and bool(request.tools) and request.tool_choice != "none"
+        return self.finds_reasoning or calls
 
     def _new_parser(self, request: CountedRequest) -> VllmParser:
         assert self._online.parser is not None  # noqa: S101 - asked for only where there is one

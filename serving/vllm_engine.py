@@ -29,6 +29,7 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 from vllm.v1.metrics.stats import IterationStats, MultiModalCacheStats, SchedulerStats
 
 from serving import penalties, vllm_mailbox, vllm_outbox
+from serving.drain import DrainRate
 from serving.engine import EngineDead, Prompt, Refusal, Sink, fit
 from serving.messages import Chat, Load, Request, Text
 from serving.settings import EngineSettings
@@ -38,7 +39,7 @@ from serving.vllm_grammars import Grammars
 from serving.vllm_metrics import Statistics
 from serving.vllm_outputs import Llm
 from serving.vllm_rendering import Renderer
-from serving.vllm_requests import Requests, sampling_refusal
+from serving.vllm_requests import Requests, sampling_refusal, without_stop
 from serving.vllm_streams import Choice, Stream
 
 log = structlog.get_logger(__name__)
@@ -77,6 +78,7 @@ class VllmEngine:
         self.context_length = 0
         self._settings = settings
         self._gauge = LoadGauge()
+        self._drain = DrainRate()
         self._streams: dict[str, Stream] = {}
         self._aborts: set[asyncio.Task[None]] = set()
         self._llm: AsyncLLM | None = None
@@ -134,7 +136,7 @@ class VllmEngine:
             for choice in choices:
                 # A choice sent after the abort of its siblings would run to its end unheard.
                 if not stream.closed:
-                    await llm.engine_core.add_request_async(choice)
+                    await llm.engine_core.add_request_async(without_stop(choice))
         except Exception as error:
             log.exception("a request could not be handed to the engine", completion=request.id)
             stream.fail(EngineDead("the engine has died") if llm.errored else error)
@@ -143,7 +145,7 @@ class VllmEngine:
             raise
 
     def cancel(self, request_id: str) -> None:
-        stream = self._streams.pop(request_id, None)
+        stream = self._finished(request_id)
         if stream is not None:
             stream.closed = True
             # Not at once: it may be vLLM's own walk through its requests that brought us here.
@@ -191,10 +193,17 @@ class VllmEngine:
             sink,
             self._running.get_tokenizer(),
             constrained_by=prompts[0].content.constrained_by,
-            finished=self._streams.pop,
+            finished=self._finished,
             cancel=self.cancel,
         )
         self._streams[request.id] = stream
+        return stream
+
+    def _finished(self, request_id: str) -> Stream | None:
+        """What was in flight under this id, which is no more."""
+        stream = self._streams.pop(request_id, None)
+        if stream is not None:
+            self._drain.freed(stream.sequences)
         return stream
 
     def _choices(self, request: Request, prompts: Sequence[Prompt]) -> list[EngineCoreRequest]:
@@ -224,7 +233,8 @@ class VllmEngine:
         except VLLMClientError as error:
             raise sampling_refusal(error, prompts[0].content.constrained_by) from error
         except GracefulHTTPError as error:
-            raise Refusal(error.message, status=error.http_status) from error
+            seconds = self._drain.seconds_for(request.sequences)
+            raise Refusal(error.message, status=error.http_status, retry_after=seconds) from error
 
 
 class LoadGauge:

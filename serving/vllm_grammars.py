@@ -27,6 +27,7 @@ from vllm.v1.structured_output.backend_types import StructuredOutputOptions
 from vllm.v1.structured_output.backend_xgrammar import XgrammarBackend
 
 from serving import grammars
+from serving.drain import DrainRate
 from serving.engine import Refusal
 from serving.grammars import READY, Trial
 
@@ -58,6 +59,7 @@ class Grammars:
         self._thread = ThreadPoolExecutor(1, "grammars")
         self._process: subprocess.Popen[bytes] | None = None
         self._trials: dict[bytes, _Trying] = {}
+        self._drain = DrainRate()
         self._outcomes: dict[bytes, str | None] = {}
 
     async def check(self, constraint: StructuredOutputsParams, param: str) -> None:
@@ -105,7 +107,10 @@ class Grammars:
         if trying is None:
             if len(self._trials) >= MOST_TRIALS:
                 raise Refusal(
-                    f"{len(self._trials)} other schemas wait to be tried", status=429, code="overloaded"
+                    f"{len(self._trials)} other schemas wait to be tried",
+                    status=429,
+                    code="overloaded",
+                    retry_after=self._drain.seconds_for(1),
                 )
             outcome = asyncio.get_running_loop().run_in_executor(self._thread, self._try, line)
             trying = self._trials[key] = _Trying(outcome)
@@ -117,6 +122,7 @@ class Grammars:
             if not trying.waiters:
                 del self._trials[key]
                 trying.outcome.cancel()
+                self._drain.freed(1)
 
     def _try(self, line: bytes) -> str | None:
         process = self._process or self._start()

@@ -5,18 +5,23 @@ Import this module only through `serving.engines`, which sets the environment fi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from vllm.entrypoints.generate.base.protocol import DeltaMessage, DeltaToolCall
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.parser import Parser as VllmParser
 from vllm.renderers.chat_utils import make_tool_call_id
+from vllm.sampling_params import SamplingParams
+from vllm.v1.engine import EngineCoreRequest
+from vllm.v1.engine.detokenizer import FastIncrementalDetokenizer, IncrementalDetokenizer
 
 from serving.engine import Delta, Parsed, ToolCallDelta
 from serving.messages import ToolCall
 
 OPENING = 16
-"""Tokens at a prompt's end among which stands, if anywhere, the mark that begins the answer's reasoning."""
+"""Tokens at a prompt's end among which stands, if anywhere, the mark that begins the answer's reasoning, and
+more than how the next one is spelled can hang on."""
 
 
 class ChoiceParser:
@@ -78,3 +83,33 @@ class ChoiceParser:
         shows = self._spoken or (finished and not self._called)
         self._blank = "" if shows else content
         return content if shows else ""
+
+
+def new_decoder(
+    tokenizer: Any, request: ChatCompletionRequest, prompt_token_ids: Sequence[int]
+) -> Callable[[int], str]:
+    """What tells of each token of an answer in turn what it adds to the text: a detokenizer as the engine's
+    is, but without the stop strings for which that one holds text back."""
+    asked = EngineCoreRequest(
+        request_id="",
+        prompt_token_ids=list(prompt_token_ids[-OPENING:]),
+        mm_features=None,
+        sampling_params=SamplingParams(
+            skip_special_tokens=request.skip_special_tokens,
+            spaces_between_special_tokens=request.spaces_between_special_tokens,
+        ),
+        pooling_params=None,
+        arrival_time=0,
+        lora_request=None,
+        cache_salt=None,
+        data_parallel_rank=None,
+    )
+    detokenizer = IncrementalDetokenizer.from_new_request(tokenizer, asked)
+    if isinstance(detokenizer, FastIncrementalDetokenizer):
+        return detokenizer.decode_next
+
+    def decode(token: int) -> str:
+        detokenizer.update([token], stop_terminated=False)
+        return detokenizer.get_next_output_text(finished=False, delta=True)
+
+    return decode

@@ -142,6 +142,17 @@ class Requests:
         return self._processor.process_inputs("", prompt, params, supported_tasks=self._tasks)
 
 
+def without_stop(request: EngineCoreRequest) -> EngineCoreRequest:
+    """What the engine core is sent of a request. It does not look for stop strings, the detokenizer does; and
+    there is one request for each choice."""
+    if request.sampling_params is None or not request.sampling_params.stop:
+        return request
+    sent = copy(request)
+    sent.sampling_params = copy(request.sampling_params)
+    sent.sampling_params.stop = []
+    return sent
+
+
 def _logprobs(request: Request) -> dict[str, Any]:
     echoed = isinstance(request, Text) and request.echo
     return {"logprobs": request.logprobs, "prompt_logprobs": request.logprobs if echoed else None}

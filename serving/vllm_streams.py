@@ -28,7 +28,7 @@ class Stream:
 
     __slots__ = (
         *("_begun", "_cached_tokens", "_cancel", "_constrained_by", "_finished", "_request"),
-        *("_tokenizer", "_unfinished", "closed", "sink"),
+        *("_tokenizer", "_unfinished", "closed", "sequences", "sink"),
     )
 
     def __init__(
@@ -52,7 +52,7 @@ class Stream:
         self._constrained_by = constrained_by
         self._finished = finished
         self._cancel = cancel
-        self._unfinished = request.sequences
+        self._unfinished = self.sequences = request.sequences
         # Prompts of which something was heard.
         self._begun: set[int] = set()
         self._cached_tokens = 0

@@ -31,6 +31,8 @@ class Exchange(asyncio.Protocol):
         self.headers: dict[str, str] = {}
         self.body = bytearray()
         self.asked_at = time.perf_counter()
+        self.heard_at = 0.0
+        """When the last bytes came, the answer's end among them."""
         self.ended_at = 0.0
         self.begun: asyncio.Future[None] = loop.create_future()
         """Done when the first byte of the body is there."""
@@ -146,6 +148,7 @@ class Exchange(asyncio.Protocol):
         self._transport = cast("asyncio.Transport", transport)
 
     def data_received(self, data: bytes) -> None:
+        self.heard_at = time.perf_counter()
         self._parser.feed_data(data)
 
     def connection_lost(self, error: Exception | None) -> None:

@@ -15,6 +15,7 @@ from router.conversation import MAX_TOOLS
 from router.protocol import (
     MAX_LOGIT_BIAS,
     MAX_PROMPTS,
+    MAX_STOP_CHARACTERS,
     MAX_STOP_TOKEN_IDS,
     MAX_TOKEN_ID,
     ChatRequest,
@@ -122,8 +123,17 @@ BOTH = {
     ),
     "stop": Parameter(
         (),
-        [("x", ("x",)), ([], ()), (["a", "b", "c", "d"], ("a", "b", "c", "d")), (["a", "a"], ("a", "a"))],
-        ["", 5, True, {}, ["a", "b", "c", "d", "e"], ["a", ""], [None]],
+        [
+            ("x", ("x",)),
+            ([], ()),
+            (["a", "b", "c", "d"], ("a", "b", "c", "d")),
+            (["a", "a"], ("a", "a")),
+            ("é" * MAX_STOP_CHARACTERS, ("é" * MAX_STOP_CHARACTERS,)),
+        ],
+        [
+            *("", 5, True, {}, ["a", "b", "c", "d", "e"], ["a", ""], [None]),
+            *("x" * (MAX_STOP_CHARACTERS + 1), ["a", "x" * (MAX_STOP_CHARACTERS + 1)]),
+        ],
         "a non-empty string",
     ),
     "top_k": Parameter(

@@ -28,6 +28,8 @@ from tests.router.asking import HELLO, chat, parse, parse_as_text, refusal, refu
 
 INT64 = 2**63
 
+F = {"type": "function", "function": {"name": "f"}}
+
 
 NUMBERS = sorted(
     name
@@ -49,8 +51,21 @@ def test_a_number_too_large_to_be_finite_is_refused(name: str) -> None:
 @pytest.mark.parametrize(
     ("parameters", "param", "message"),
     [
-        ({"stop": ["a", ""]}, "stop[1]", 'stop[1] must be a non-empty string, not ""'),
-        ({"stop": [None]}, "stop[0]", "stop[0] must be a non-empty string, not null"),
+        (
+            {"stop": ["a", ""]},
+            "stop[1]",
+            'stop[1] must be a non-empty string of at most 1024 characters, not ""',
+        ),
+        (
+            {"stop": [None]},
+            "stop[0]",
+            "stop[0] must be a non-empty string of at most 1024 characters, not null",
+        ),
+        (
+            {"stop": ["a", "x" * 1025]},
+            "stop[1]",
+            f'stop[1] must be a non-empty string of at most 1024 characters, not "{"x" * 56}...',
+        ),
         (
             {"stop_token_ids": [1, -1]},
             "stop_token_ids[1]",
@@ -185,6 +200,35 @@ def test_a_model_is_a_name(wrong: Any) -> None:
     assert error.message == f"model must be a non-empty string, not {json.dumps(wrong)}"
 
 
+# ---- answers that have an end ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("parameters", "beside"),
+    [
+        ({"response_format": {"type": "json_object"}}, "a response_format of type json_object"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "a"}}},
+            "a response_format of type json_schema",
+        ),
+        ({"tools": [F], "tool_choice": "required"}, "a tool_choice that must be followed"),
+        ({"tools": [F], "tool_choice": F}, "a tool_choice that must be followed"),
+    ],
+)
+def test_nothing_follows_on_an_answer_with_a_form(parameters: dict[str, Any], beside: str) -> None:
+    """Where an answer must be JSON or a call it ends with it, so ignore_eos is refused there; elsewhere it
+    may go on."""
+    error = refused(ignore_eos=True, **parameters)
+    assert error.param == "ignore_eos"
+    assert error.message == f"ignore_eos must be false or left out beside {beside}, not true"
+    assert not chat(ignore_eos=False, **parameters).sampling.ignore_eos
+    free: list[dict[str, Any]] = [
+        {"response_format": {"type": "text"}},
+        *({"tools": [F], "tool_choice": choice} for choice in ("auto", "none", None)),
+    ]
+    assert all(chat(ignore_eos=True, **others).sampling.ignore_eos for others in free)
+
+
 # ---- logprobs -----------------------------------------------------------------------------------------
 
 
@@ -193,7 +237,8 @@ def test_logprobs_are_as_many_as_asked_for() -> None:
     Those need logprobs, but to ask for none is to ask for nothing."""
     assert (chat().logprobs, chat(logprobs=True).logprobs) == (None, 0)
     assert chat(logprobs=True, top_logprobs=5).logprobs == 5
-    assert chat(top_logprobs=0) == chat(logprobs=False, top_logprobs=None) == chat()
+    assert chat(logprobs=False, top_logprobs=None) == chat()
+    assert refused(top_logprobs=0).message == "top_logprobs needs logprobs to be true, not false"
     error = refused(top_logprobs=1)
     assert (error.param, error.message) == (
         "top_logprobs",
@@ -430,6 +475,7 @@ def test_a_model_is_listed_with_what_clients_key_on() -> None:
         "license_name",
         "license_url",
         "public_endpoint_pricing",
+        "price",
         "docs_url",
         "prompt_guide_url",
     }

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import io
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 from pydantic import SecretStr
 
+from router.backend import Job
+from router.errors import MissingProviderKey
+from router.reading import read_chat
 from router.settings import ModelCard, ModelLimits, UpstreamModel
+from serving.messages import Chat
 from tests.harness import Deployment, HandEngine, deployed, echo_engine, request, served
 from tests.router.providers import (
     CALLERS_KEY,
@@ -22,12 +29,14 @@ from tests.router.providers import (
     USAGE,
     Line,
     Provider,
+    body,
     chunk,
     chunked,
     event,
     provider,
     says,
     usage,
+    whole,
 )
 from tests.waiting import soon, until
 
@@ -186,6 +195,75 @@ async def test_a_strange_count_never_takes_tokens_back(told: dict[str, int], tok
         assert near.metric("trunkline_generation_tokens_total", model="near") == tokens
 
 
+@pytest.mark.parametrize(
+    ("told", "tokens"),
+    [
+        ({"message": {"role": "assistant", "content": "all is well"}}, 3),
+        ({"message": {"role": "assistant", "content": "é" * 8}}, 4),
+        ({"message": {"role": "assistant", "content": None}}, 0),
+        (
+            {
+                "message": {
+                    "content": "four",
+                    "reasoning_content": "and four",
+                    "tool_calls": [
+                        {
+                            "id": "not counted",
+                            "type": "function",
+                            "function": {"name": "f", "arguments": "{ }"},
+                        }
+                    ],
+                }
+            },
+            4,
+        ),
+        ({"message": {"content": "all"}, "logprobs": {"content": [{"token": each} for each in "abcdef"]}}, 6),
+        ({"text": "all", "logprobs": {"tokens": ["a", "l"]}}, 2),
+        ({"text": "all"}, 1),
+    ],
+)
+@pytest.mark.parametrize("usage", [None, {"prompt_tokens": 3}, {"completion_tokens": 5.5}])
+async def test_what_a_provider_does_not_count_is_estimated(
+    told: dict[str, Any], tokens: int, usage: Any
+) -> None:
+    """Of a whole answer without a count of its tokens those are counted that have log-probs, or else one for
+    every four bytes that are said."""
+    answer = whole(choices=[{"index": 0, "finish_reason": "stop", **told}], usage=usage)
+    async with asking(says(body(answer))) as (_, near):
+        assert (await near.post(request("hi", model="near"))).json()["choices"][0].items() >= told.items()
+        assert near.metric("trunkline_generation_tokens_total", model="near") == tokens
+
+
+@pytest.mark.parametrize("told", [{"prompt_tokens": 3.5}, {"completion_tokens": "5"}, {}, [], 5, "many"])
+@pytest.mark.parametrize("wanted", [False, True])
+async def test_a_usage_of_another_kind(told: Any, wanted: bool) -> None:
+    """What a provider says of the usage in a way of its own is what a client reads that has asked for it, and
+    nothing to any other: not even a chunk without choices."""
+    ending = event({"choices": [], "usage": told})
+
+    async def tells(line: Line) -> None:
+        await line.asked()
+        await line.stream(chunk("a"), chunk("b", "stop"), ending, DONE)
+
+    async with asking(tells) as (_, near):
+        answer = await near.stream("hi", model="near", stream_options={"include_usage": wanted})
+        assert answer.done
+        assert [event["usage"] for event in answer.events if not event["choices"]] == [told] * wanted
+        assert all("usage" not in event for event in answer.events) or wanted
+
+
+@pytest.mark.parametrize("error", ["", False, None, {}, 0, []])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_no_error_is_none(error: Any, stream: bool) -> None:
+    """There are providers that say with each answer that there is no error. Their clients need not know."""
+    answer = [HEAD, chunked(chunk("all is well", "stop", error=error)), chunked(DONE), END]
+    async with asking(says(*answer) if stream else says(body(whole(error=error)))) as (_, near):
+        told = await near.post(request("hi", model="near", stream=stream))
+        assert told.status_code == 200
+        assert "all is well" in told.text
+        assert "error" not in told.text
+
+
 # ---- what is asked ------------------------------------------------------------------------------------
 
 
@@ -277,6 +355,28 @@ async def test_a_bad_request_is_never_sent() -> None:
 
 
 @pytest.mark.parametrize(
+    ("parameters", "path"),
+    [
+        (b'"of_their_own": {"deep": [1, {"a": 1e400}]}', "of_their_own.deep[1].a"),
+        (b'"metadata": {"a": "Infinity", "b": -1e999}', "metadata.b"),
+    ],
+)
+async def test_a_number_that_is_none_is_never_sent(parameters: bytes, path: str) -> None:
+    """A number too large to be one would go on as Infinity, which is not JSON. It is refused by its place,
+    also in a field that nobody here knows."""
+    head = b'{"model": "near", "messages": [{"role": "user", "content": "hi"}], '
+    async with asking() as (one, near):
+        told = await near.http.post(
+            CHAT, content=head + parameters + b"}", headers={"content-type": "application/json"}
+        )
+        error = told.json()["error"]
+        assert (told.status_code, error["param"]) == (400, path)
+        assert error["message"].startswith(f"{path} must be a number from -1.8e308 to 1.8e308, not ")
+        assert error["message"].endswith("Infinity")
+        assert one.accepted == 0
+
+
+@pytest.mark.parametrize(
     ("own", "sent", "used"),
     [
         (None, OTHER_KEY, OTHER_KEY),
@@ -341,6 +441,78 @@ async def test_a_connection_is_used_again_after_a_refusal() -> None:
             assert (await near.post(request("hi", model="near"))).status_code == 200
             assert (await near.post(request("x " * 9000, model="near"))).status_code == 400
         assert len(far.connections) == 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("goodbye", [False, True])
+async def test_a_connection_that_ends_as_it_is_used_again_is_replaced(goodbye: bool, stream: bool) -> None:
+    """A provider may close a connection that was kept at the moment at which a request is sent on it, with a
+    goodbye or without one. The request is sent again on a new connection, and its client notices nothing."""
+
+    async def closes(line: Line) -> None:
+        await line.asked()
+        await line.answer(200, whole())
+        await line.asked()
+        if not goodbye:
+            line.reset()
+
+    async with asking(closes) as (one, near):
+        assert (await near.post(request("hi", model="near"))).status_code == 200
+        await until(near.idle)
+        told = await near.post(request("again", model="near", stream=stream))
+        assert told.status_code == 200
+        assert "well" in told.text
+        assert one.accepted == 2
+        assert [each.body["messages"][0]["content"] for each in one.asked] == ["hi", "again", "again"]
+
+
+async def test_only_a_silent_end_of_a_connection_that_was_kept_is_made_up_for() -> None:
+    """A provider may have begun with a request when its connection ends. Where it has said a byte of an
+    answer, or where the connection is a new one, that is the client's to know, and nothing is sent again."""
+
+    async def breaks_off(line: Line) -> None:
+        await line.asked()
+        await line.answer(200, whole())
+        await line.asked()
+        await line.send(b"H")
+
+    async def ends(line: Line) -> None:
+        await line.asked()
+
+    async def answers_once(line: Line) -> None:
+        await ends(line)
+        await line.answer(200, whole())
+        await line.asked()
+
+    async with asking(breaks_off, ends, answers_once, ends) as (one, near):
+        statuses = []
+        for expected in (1, 2, 3, 4, 6):
+            statuses.append((await near.post(request("hi", model="near"))).status_code)
+            await until(near.idle)
+            assert len(one.asked) == expected
+        # The last one met the end of a kept connection, and then that of a new one.
+        assert statuses == [200, 502, 502, 200, 502]
+        assert one.accepted == 4
+
+
+async def test_a_long_conversation_is_not_held_until_its_answer_ends() -> None:
+    """Once a provider has begun to answer, nothing of what was asked is left but what the relay needs."""
+
+    async def begins(line: Line) -> None:
+        await line.asked()
+        await line.stream(chunk("a"))
+        await line.gone()
+
+    async with asking(begins) as (one, near):
+        asked = await near.open("x" * 100_000, model="near", stream=True)
+        assert await asked.event()
+        one.asked.clear()
+        gc.collect()
+        left = gc.get_objects()  # some of which warn when they are asked what they are
+        assert not [each for each in left if type(each) in {Job, Chat} and "x" * 100_000 in str(each)]
+        bodies = [each for each in left if type(each) is io.BytesIO and not each.closed]
+        assert all(each.getbuffer().nbytes < 100_000 for each in bodies)
+        asked.leave()
 
 
 async def test_the_rest_of_a_body_is_not_waited_for() -> None:
@@ -488,6 +660,18 @@ async def test_a_router_that_ends_tells_its_clients() -> None:
         await until(lambda: not engine.requests and not far.connections, AT_ONCE_S)
 
 
+async def test_a_missing_key_waits_for_nothing() -> None:
+    """Whether a request has a key for its provider can be checked before anything is waited for or taken."""
+    async with asking(api_key=None) as (one, near):
+        assert (await near.post(request("hi", model="near"))).status_code == 401
+        model = near.model("near")
+        job = Job("key", read_chat(request("hi"), model.settings, "chatcmpl-1", "near", 1), request("hi"))
+        with pytest.raises(MissingProviderKey):
+            model.backend.check(job)
+        model.backend.check(replace(job, provider_key=SecretStr(OTHER_KEY)))
+        assert one.accepted == 0
+
+
 # ---- roles --------------------------------------------------------------------------------------------
 
 
@@ -508,3 +692,33 @@ async def test_every_chunk_has_a_role_where_that_is_wanted() -> None:
         assert answer.done
         said = {"role": "assistant", "content": ""}
         assert answer.deltas() == [said, said | {"content": "a"}, said | {"refusal": "b"}, said]
+
+
+@pytest.mark.parametrize("separate", [True, False])
+async def test_a_role_is_told_once_however_often_a_provider_tells_it(separate: bool) -> None:
+    """With stream_role first a client's accumulator reads one role for each choice, though the provider has
+    it in every delta; all else of a delta stays as it is."""
+    said = [
+        {"index": index, "delta": {"role": "assistant", "content": text, "refusal": None}}
+        for text in ("a", "b")
+        for index in (0, 1)
+    ]
+    chunks = [[each] for each in said] if separate else [said[:2], said[2:]]
+    ends = [{"index": index, "delta": {"role": "assistant"}, "finish_reason": "stop"} for index in (0, 1)]
+
+    async def tells(line: Line) -> None:
+        await line.asked()
+        await line.stream(*(event({"choices": choices}) for choices in (*chunks, ends)), usage(), DONE)
+
+    async with asking(tells) as (_, near):
+        answer = await near.stream("hi", model="near", n=2)
+        assert answer.done
+        for index in (0, 1):
+            deltas = [
+                choice["delta"]
+                for event in answer.events
+                for choice in event["choices"]
+                if choice["index"] == index
+            ]
+            told = {"content": "b", "refusal": None}
+            assert deltas == [{"role": "assistant", "content": "a", "refusal": None}, told, {}]

@@ -76,6 +76,35 @@ class Recorder:
         return [each for event in self.events for each in event["choices"] if each["index"] == choice]
 
 
+def joined(entries: list[dict[str, Any]]) -> dict[str, Any]:
+    """The choice of a whole answer that a stream's entries for it add up to."""
+    content, reasoning = "", ""
+    calls: list[dict[str, Any]] = []
+    logprobs: list[dict[str, Any]] = []
+    for entry in entries:
+        delta = entry["delta"]
+        content += delta.get("content") or ""
+        reasoning += delta.get("reasoning_content", "")
+        for call in delta.get("tool_calls", ()):
+            if call["index"] == len(calls):
+                calls.append({name: call[name] for name in ("id", "type", "function")})
+            else:
+                assert set(call) == {"index", "function"}
+                assert set(call["function"]) == {"arguments"}
+                calls[call["index"]]["function"]["arguments"] += call["function"]["arguments"]
+        if entry["logprobs"] is not None:
+            assert entry["logprobs"]["refusal"] is None
+            assert entry["logprobs"]["content"]
+            logprobs += entry["logprobs"]["content"]
+    assert [entry["finish_reason"] for entry in entries[:-1]] == [None] * (len(entries) - 1)
+    message: dict[str, Any] = {"role": "assistant", "content": content or (None if calls else "")}
+    if reasoning:
+        message["reasoning_content"] = reasoning
+    if calls:
+        message["tool_calls"] = calls
+    return {"message": message, "finish_reason": entries[-1]["finish_reason"], "logprobs": logprobs}
+
+
 async def answer(engine: Engine, request: Request) -> Recorder:
     """All that a client would read, once there is nothing more."""
     outlet = Recorder()

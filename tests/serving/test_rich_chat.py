@@ -15,7 +15,7 @@ from serving.answers import LONGEST_ANSWER
 from serving.engine import Delta, FinishReason, Logprob, Parsed, TokenLogprobs, ToolCallDelta
 from serving.messages import NamedTool, Tool, ToolCall
 from tests.harness import HandEngine
-from tests.serving.recorder import Part, Put, Recorder, chat, perform
+from tests.serving.recorder import Part, Put, Recorder, chat, joined, perform
 
 
 class Marks:
@@ -73,8 +73,8 @@ class Marks:
 class Thrice(Marks):
     """It finds three times in a text what the model said once."""
 
-    def whole(self, text: str, token_ids: Sequence[int]) -> Parsed:
-        return Parsed(text, text, [ToolCall("id", "f", text)])
+    def delta(self, text: str, token_ids: Sequence[int], *, finished: bool) -> Delta | None:
+        return Delta(text, text, [ToolCallDelta(0, "id", "f", text)])
 
 
 class Hesitant(Marks):
@@ -84,6 +84,21 @@ class Hesitant(Marks):
         if "[" in text and "|" not in text:
             return Parsed(text, None, ())
         return super().whole(text, token_ids)
+
+
+class Late(Marks):
+    """It finds calls, and what follows them, in a whole text only."""
+
+    def delta(self, text: str, token_ids: Sequence[int], *, finished: bool) -> Delta | None:
+        return None if self._place == "[" else super().delta(text, token_ids, finished=finished)
+
+    def _read(self, character: str, said: dict[str, str]) -> ToolCallDelta | None:
+        if character == "[":
+            self._place = "["
+        return None if self._place == "[" else super()._read(character, said)
+
+    def whole(self, text: str, token_ids: Sequence[int]) -> Parsed:
+        return Marks().whole(text, token_ids)
 
 
 def marked(parser: type[Marks] = Marks) -> HandEngine:
@@ -96,35 +111,6 @@ def marked(parser: type[Marks] = Marks) -> HandEngine:
 def spoken(text: str, finish_reason: FinishReason = "stop", size: int = 3) -> Part:
     """A choice that says this in pieces of so many characters."""
     return Part([Put(text[at : at + size]) for at in range(0, len(text), size)], finish_reason)
-
-
-def joined(entries: list[dict[str, Any]]) -> dict[str, Any]:
-    """The choice of a whole answer that a stream's entries for it add up to."""
-    content, reasoning = "", ""
-    calls: list[dict[str, Any]] = []
-    logprobs: list[dict[str, Any]] = []
-    for entry in entries:
-        delta = entry["delta"]
-        content += delta.get("content") or ""
-        reasoning += delta.get("reasoning_content", "")
-        for call in delta.get("tool_calls", ()):
-            if call["index"] == len(calls):
-                calls.append({name: call[name] for name in ("id", "type", "function")})
-            else:
-                assert set(call) == {"index", "function"}
-                assert set(call["function"]) == {"arguments"}
-                calls[call["index"]]["function"]["arguments"] += call["function"]["arguments"]
-        if entry["logprobs"] is not None:
-            assert entry["logprobs"]["refusal"] is None
-            assert entry["logprobs"]["content"]
-            logprobs += entry["logprobs"]["content"]
-    assert [entry["finish_reason"] for entry in entries[:-1]] == [None] * (len(entries) - 1)
-    message: dict[str, Any] = {"role": "assistant", "content": content or (None if calls else "")}
-    if reasoning:
-        message["reasoning_content"] = reasoning
-    if calls:
-        message["tool_calls"] = calls
-    return {"message": message, "finish_reason": entries[-1]["finish_reason"], "logprobs": logprobs}
 
 
 # ---- streams and whole answers ------------------------------------------------------------------------
@@ -334,17 +320,17 @@ async def test_logprobs_of_text_that_is_held_back_ride_with_the_next_event() -> 
     ],
 )
 async def test_a_parser_that_fails_does_not_fail_the_answer(text: str, content: str, calls: int) -> None:
-    """Whole, the text goes out as the model wrote it; streamed, what the parser had not shown yet and all
-    that follows. The failure is logged, once for a choice."""
+    """What the parser had not shown yet, and all that follows, goes out as the model wrote it, whole as
+    streamed. The failure is logged, once for a choice."""
     with capture_logs() as logged:
         whole = await perform(marked(), chat(), spoken(text, size=1))
         stream = await perform(marked(), chat(stream=True), spoken(text, size=1))
     (choice,) = whole.body["choices"]
-    assert choice["message"] == {"role": "assistant", "content": text}
-    assert choice["finish_reason"] == "stop"
     streamed = joined(stream.choices(0))
-    assert streamed["message"]["content"] == content
-    assert len(streamed["message"].get("tool_calls", ())) == calls
+    assert streamed["message"] == choice["message"]
+    assert streamed["finish_reason"] == choice["finish_reason"]
+    assert choice["message"]["content"] == content
+    assert len(choice["message"].get("tool_calls", ())) == calls
     assert [entry["log_level"] for entry in logged] == ["error", "error"]
     assert whole.usage == stream.usage
 
@@ -358,6 +344,45 @@ async def test_a_call_cut_off_before_its_name_is_text(text: str) -> None:
     (choice,) = whole.body["choices"]
     told = joined(stream.choices(0))["message"]
     assert told["content"] == choice["message"]["content"]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_call_that_is_found_in_the_whole_only_is_told(stream: bool) -> None:
+    """Where a parser makes nothing of a call until there is nothing more, the call is told at the end."""
+    text = "<hm>Look. [go|{}][on|1] So."
+    outlet = await perform(marked(Late), chat(stream=stream), spoken(text))
+    choice = joined(outlet.choices(0)) if stream else outlet.body["choices"][0]
+    message = choice["message"]
+    assert [call["function"]["name"] for call in message["tool_calls"]] == ["go", "on"]
+    assert (message["content"], message["reasoning_content"]) == ("Look.  So.", "hm")
+    assert choice["finish_reason"] == "tool_calls"
+
+
+@given(text=st.text("ab<>[|]", max_size=20), size=st.integers(1, 4), lag=st.integers(0, 6))
+async def test_text_that_comes_later_than_its_tokens(text: str, size: int, lag: int) -> None:
+    """Where text is held back, as it may be part of a stop string, and where several tokens come at once, a
+    parser makes the same of an answer as where each token comes with its text."""
+
+    class OneByOne(Marks):
+        def delta(self, text: str, token_ids: Sequence[int], *, finished: bool) -> Delta | None:
+            assert [text] == [chr(token) for token in token_ids] or not text
+            return super().delta(text, token_ids, finished=finished)
+
+        def whole(self, text: str, token_ids: Sequence[int]) -> Parsed:
+            return Marks().whole(text, token_ids)
+
+    engine = marked(OneByOne)
+    engine.decoder = lambda: chr
+    ids = list(map(ord, text))
+    cuts = [max(0, at - lag) for at in range(size, len(text), size)]
+    starts = [0, *cuts]
+    texts = [text[start:end] for start, end in zip(starts, [*cuts, len(text)], strict=True)]
+    puts = [Put(piece, ids[number * size :][:size]) for number, piece in enumerate(texts)]
+    late = await perform(engine, chat(stream=True), Part(puts))
+    alone = await perform(marked(), chat(), spoken(text, size=1) if text else Part([Put("", ())]))
+    told, (choice,) = joined(late.choices(0)), alone.body["choices"]
+    assert told["message"] == choice["message"]
+    assert told["finish_reason"] == choice["finish_reason"]
 
 
 def too_long(outlet: Recorder) -> bool:

@@ -382,10 +382,11 @@ async def test_a_stream_number_names_one_stream(hand: Replica) -> None:
     ("error", "told"),
     [
         (Refusal("no", status=422, param="p", code="c"), Refused(1, 422, "no", "p", "c")),
+        (Refusal("later", status=429, retry_after=7), Refused(1, 429, "later", retry_after=7)),
         (OSError("/a/path of ours"), Refused(1, 500, "internal error", None, "internal_error")),
         (EngineDead("gone"), Ended(1, b"", 0, messages.Usage(0, 0), failed=True)),
     ],
-    ids=["refusal", "fault", "death"],
+    ids=["refusal", "full", "fault", "death"],
 )
 async def test_a_request_that_the_engine_does_not_take_ends(
     hand: Replica, engine: HandEngine, error: Exception, told: Refused | Ended

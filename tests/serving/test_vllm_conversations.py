@@ -9,9 +9,11 @@ from typing import Any
 import psutil
 import pytest
 import pytest_asyncio
+from msgspec.structs import astuple, replace
 
 from serving.engine import Engine, Parsed, Prompt
 from serving.messages import Chat, Message, NamedTool, ResponseFormat, Sampling, Tool, ToolCall
+from serving.parsing import ParsedChoice
 from tests.serving import recorder, replayed
 from tests.serving.asking import Recorder, begin, chat, refusal, rendered, running
 from tests.waiting import until
@@ -70,9 +72,10 @@ async def engine(request: pytest.FixtureRequest, replayed_folder: Path) -> Async
         yield engine
 
 
-def asking(kind: str, max_tokens: int = 200, **others: Any) -> Chat:
+def asking(kind: str, max_tokens: int = 200, stop: tuple[str, ...] = (), **others: Any) -> Chat:
     """A request that is answered in this way."""
-    return chat("Hello", Sampling(max_tokens=max_tokens, seed=SEEDS[kind]), f"to {kind}", **others)
+    sampling = Sampling(max_tokens=max_tokens, seed=SEEDS[kind], stop=stop)
+    return chat("Hello", sampling, f"to {kind}", **others)
 
 
 async def heard(engine: Engine, request: Chat) -> tuple[Prompt, Recorder]:
@@ -110,6 +113,17 @@ def streamed(prompt: Prompt, sink: Recorder) -> Parsed:
             calls[call.call][2] += call.arguments
     assert parser.reasoning_tokens(sink.token_ids[0]) == prompt.parser().reasoning_tokens(sink.token_ids[0])
     return Parsed(content or None, reasoning or None, [ToolCall(*call) for call in calls])
+
+
+def read(request: Chat, prompt: Prompt, sink: Recorder, at_once: int = 1) -> Parsed:
+    """The message that every client reads, where an engine says so many tokens at once."""
+    choice = ParsedChoice(request, prompt)
+    pieces, tokens = sink.pieces[0], sink.token_ids[0]
+    assert len(pieces) == len(tokens)
+    for start in range(0, len(pieces), at_once):
+        end = start + at_once
+        choice.delta("".join(pieces[start:end]), tokens[start:end], finished=end >= len(pieces))
+    return choice.message()
 
 
 def called(message: Parsed) -> list[tuple[str, Any]]:
@@ -211,16 +225,91 @@ async def test_a_schema_with_a_dead_end(engine: Engine) -> None:
 
 @pytest.mark.parametrize(("kind", "max_tokens"), [("calls in broken JSON", 200), ("thinks and calls", 25)])
 async def test_a_call_that_is_broken_off(engine: Engine, kind: str, max_tokens: int) -> None:
-    """Of a call that is no JSON, or that has no end, nothing is lost: a stream has what there is of it, and a
-    whole message the text."""
-    prompt, sink = await heard(engine, asking(kind, max_tokens, tools=TOOLS))
-    assert sink.reasons == {0: "stop" if max_tokens == 200 else "length"}
-    (call,) = streamed(prompt, sink).tool_calls
-    assert call.name == "get_weather"
-    assert call.arguments.startswith('{"city"')
-    message = whole(prompt, sink)
-    assert not message.tool_calls
-    assert (message.content or "").lstrip().startswith('<tool_call>\n{"name": "get_weather"')
+    """Of a call that is no JSON, or that has no end, clients are told what there is of it. That it was a call
+    is what a stream has said by then, so a whole message says it too, and so does what ends both."""
+    request = asking(kind, max_tokens, tools=TOOLS)
+    message, ended = await told(engine, request)
+    assert ended == ("tool_calls" if max_tokens == 200 else "length")
+    assert message["content"] is None
+    (call,) = message["tool_calls"]
+    assert call["function"]["name"] == "get_weather"
+    assert call["function"]["arguments"].startswith('{"city"')
+
+
+# ---- text that comes later than its tokens, and tokens that come together ---------------------------------
+
+
+STOPS = ("\nObservation:", "###", "STOP")
+"""Of each more or less text is held back, as it might be the beginning of one."""
+
+
+@pytest.mark.parametrize("kind", [kind for kind in ANSWERS if not kind.startswith("has to")])
+@pytest.mark.parametrize("stop", STOPS)
+async def test_a_stop_string_that_never_comes_changes_nothing(engine: Engine, kind: str, stop: str) -> None:
+    """With a stop string the engine holds text back and tells its tokens at once; nothing of that is to be
+    seen in what is thought, said and called."""
+    without = await told(engine, asking(kind, tools=TOOLS))
+    assert await told(engine, asking(kind, stop=(stop,), tools=TOOLS)) == without
+
+
+@pytest.mark.parametrize(
+    ("kind", "stop", "expected"),
+    [
+        ("thinks, says and calls twice", "me see", ("Let ", "What is asked?", [])),
+        ("thinks", "is as", (None, "What ", [])),
+        ("thinks", "</think>", (None, "What is asked?", [])),
+        (
+            "thinks, says and calls twice",
+            "ays",
+            ("Let me see.\n", "What is asked?", ['{"city": "Paris", "d']),
+        ),
+    ],
+)
+async def test_a_stop_string_ends_what_it_stands_in(
+    engine: Engine, kind: str, stop: str, expected: tuple[str | None, str, list[str]]
+) -> None:
+    """A stop string ends an answer in its reasoning, in a text or in a call: all before it is told, and
+    nothing of the string."""
+    message, ended = await told(engine, asking(kind, stop=(stop,), tools=TOOLS))
+    calls = message.get("tool_calls", ())
+    assert ended == ("tool_calls" if calls else "stop")
+    content, reasoning, arguments = expected
+    assert message["content"] == (content if content or calls else "")
+    assert message["reasoning_content"] == reasoning
+    assert [call["function"]["arguments"] for call in calls] == arguments
+
+
+@pytest.mark.parametrize("kind", list(ANSWERS))
+@pytest.mark.parametrize("at_once", [2, 3, 5, 1000])
+async def test_tokens_that_come_together(engine: Engine, kind: str, at_once: int) -> None:
+    """As many tokens as an engine likes to say at once, as with speculative decoding, are read as one after
+    the other."""
+    request = asking(kind, tools=TOOLS)
+    prompt, sink = await heard(engine, request)
+    together, alone = read(request, prompt, sink, at_once), read(request, prompt, sink)
+    assert together[:2] == alone[:2]
+    assert [call[1:] for call in map(astuple, together.tool_calls)] == [
+        call[1:] for call in map(astuple, alone.tool_calls)
+    ]
+
+
+async def told(engine: Engine, request: Chat) -> tuple[dict[str, Any], str]:
+    """The message that a client is told and its finish_reason: the same streamed and whole, with the same
+    usage, but for the ids of calls."""
+    whole = await recorder.answer(engine, request)
+    stream = await recorder.answer(engine, replace(request, stream=True, include_usage=True))
+    assert not whole.refusal
+    assert (
+        stream.events[-1]["usage"]["completion_tokens_details"]
+        == (whole.body["usage"]["completion_tokens_details"])
+    )
+    told = recorder.joined(stream.choices(0))
+    (choice,) = whole.body["choices"]
+    for call in (*told["message"].get("tool_calls", ()), *choice["message"].get("tool_calls", ())):
+        assert call.pop("id")
+    assert told["message"] == choice["message"]
+    assert told["finish_reason"] == choice["finish_reason"]
+    return choice["message"], choice["finish_reason"]
 
 
 # ---- rendering --------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import pytest
 import pytest_asyncio
 from prometheus_client import REGISTRY
 
+from serving.drain import LONGEST_RETRY_S
 from serving.engine import Engine, EngineDead, FinishReason, Prompt, TokenLogprobs
 from serving.messages import Load, Message, Sampling
 from tests.serving.asking import (
@@ -172,10 +173,18 @@ async def test_refusals_name_the_parameter(engine: Engine, sampling: Sampling, p
 
 
 async def test_full_queue_refuses_before_acceptance(engine: Engine) -> None:
-    """Where vLLM is given a limit of its own, a request over it is refused whole, to be tried again."""
-    refused = await refusal(engine, chat(PARIS, greedy(1, n=QUEUE + 1), "too many"))
-    assert refused.status == 503
+    """Where vLLM is given a limit of its own, a request over it is refused whole, to be tried again when as
+    much may have ended: sooner where more does."""
+    too_many = chat(PARIS, greedy(1, n=QUEUE + 1), "too many")
+    before = await refusal(engine, too_many)
+    assert before.status == 503
     await answer(engine, chat(PARIS, greedy(1, n=QUEUE), "just enough"))
+    for number in range(4):
+        await answer(engine, chat(PARIS, greedy(1, n=QUEUE), f"again {number}"))
+    after = await refusal(engine, too_many)
+    assert before.retry_after is not None
+    assert after.retry_after is not None
+    assert 1 <= after.retry_after < before.retry_after <= LONGEST_RETRY_S
 
 
 async def test_request_id_is_one_requests_own(engine: Engine) -> None:

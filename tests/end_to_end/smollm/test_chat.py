@@ -4,7 +4,7 @@ import openai
 
 from tests.end_to_end.client import ask, asking, chat
 from tests.end_to_end.server import Server
-from tests.end_to_end.smollm import ALIAS, ECHO, PARIS, SMOLLM, UPSTREAM
+from tests.end_to_end.smollm import ALIAS, ECHO, PARIS, REFUSING, SMOLLM, UPSTREAM
 
 ANSWER = "The capital of France is Paris."
 
@@ -39,7 +39,7 @@ async def test_a_client_looks_its_models_up(server: Server) -> None:
     """The SDK finds every model, an alias as one of its own, ready, with its context length."""
     async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="any") as client:
         models = {model.id: model.model_dump() async for model in client.models.list()}
-    assert set(models) == {SMOLLM, ALIAS, ECHO, UPSTREAM}
+    assert set(models) == {SMOLLM, ALIAS, ECHO, UPSTREAM, REFUSING}
     assert models[SMOLLM]["max_context_length"] == 4096
     assert models[SMOLLM]["license_name"] == "Apache-2.0"
     assert {model["state"] for model in models.values()} == {"ready"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from functools import cache
 from itertools import product
+from math import exp
 from typing import Any
 
 import pytest
@@ -51,6 +52,50 @@ async def likeliest(server: Server) -> str:
 async def test_the_likeliest_alone(server: Server, likeliest: str, same: dict[str, Any]) -> None:
     """A top_p of 0, a top_k of 1 and a min_p of 1 keep the likeliest token, which temperature 0 takes."""
     assert await says(server, **{"temperature": 2, "seed": 5, "max_tokens": 12, **same}) == likeliest
+
+
+KEPT = {"top_p": (0.3, 0.7), "top_k": (2, 8), "min_p": (0.6, 0.2)}
+HOT: dict[str, Any] = {"temperature": 2, "max_tokens": 30, "logprobs": True, "top_logprobs": LIKELIEST}
+
+
+def strays(answer: Exchange, parameter: str, kept: float) -> list[str]:
+    """The tokens of a HOT answer that were not among those which the parameter keeps. A temperature of 2
+    halves what the log-probs say. Of top_p, what is kept is kept of the LIKELIEST."""
+    found = []
+    for entry in answer.logprobs():
+        value = entry["logprob"]
+        likeliest = [one["logprob"] for one in entry["top_logprobs"]]
+        before = [one for one in likeliest if one > value + CLOSE]
+        if parameter == "top_k":
+            strayed = len(before) >= kept
+        elif parameter == "min_p":
+            strayed = exp((value - likeliest[0]) / 2) < kept - CLOSE
+        else:
+            strayed = (
+                sum(exp(one / 2) for one in before) / sum(exp(one / 2) for one in likeliest) > kept + CLOSE
+            )
+        if strayed:
+            found.append(entry["token"])
+    return found
+
+
+@pytest.mark.parametrize("parameter", list(KEPT))
+async def test_what_is_sampled_from_is_kept_exactly(server: Server, parameter: str) -> None:
+    """Between their ends top_p, top_k and min_p leave each token of a hot model within what they keep, and
+    no more narrowly than they say: what the one value keeps is not within the other, and without them the
+    model strays."""
+    # Which tokens are within a top_p is known of the likeliest only, so that others are left out.
+    beside = {"top_k": LIKELIEST} if parameter == "top_p" else {}
+    narrow, wide = KEPT[parameter]
+    asked = [{}, {parameter: wide}, {parameter: narrow}]
+    bodies = [chat(SMOLLM, STORY, seed=seed, **HOT, **beside, **each) for each in asked for seed in range(4)]
+    answers = await ask_all(server, bodies)
+    free, wider, narrower = (answers[at : at + 4] for at in (0, 4, 8))
+    assert sum(len(strays(answer, parameter, wide)) for answer in free) > 5
+    assert not any(strays(answer, parameter, wide) for answer in wider)
+    assert sum(len(strays(answer, parameter, narrow)) for answer in wider) > 5
+    assert not any(strays(answer, parameter, narrow) for answer in narrower)
+    assert len({answer.text() for answer in narrower}) == 4
 
 
 async def test_temperature_strays(server: Server) -> None:
@@ -172,6 +217,19 @@ async def test_an_answer_can_be_kept_going(server: Server) -> None:
     assert endless.usage["completion_tokens"] == 24
     assert cut.finish_reason() == "stop"
     assert cut.usage["completion_tokens"] == 3
+
+
+async def test_nothing_follows_on_json(server: Server) -> None:
+    """An answer that must be JSON ends with it, though it was to be longer; to go on after it is refused."""
+    city = {"type": "object", "properties": {"city": {"enum": ["Paris"]}}, "required": ["city"]}
+    schema = city | {"additionalProperties": False}
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    for longer in ({"min_tokens": 40}, {"min_tokens": 40, "seed": 1, "temperature": 2}):
+        body = {"temperature": 0, "max_tokens": 60, "response_format": form, **longer}
+        answer = await ask(server, chat(SMOLLM, PARIS, **body))
+        assert (answer.text(), answer.finish_reason()) == ('{"city":"Paris"}', "stop")
+    refused = await ask(server, chat(SMOLLM, PARIS, response_format=form, ignore_eos=True))
+    assert (refused.status, refused.error["param"]) == (400, "ignore_eos")
 
 
 @pytest.mark.parametrize("form", ["text", "token ids"])

@@ -79,6 +79,21 @@ def check_completion() -> None:
     assert chunks[-1].choices[0].finish_reason == whole.choices[0].finish_reason == "length"
 
 
+async def check_async_completion() -> None:
+    """A prompt is completed whole and streamed without threads too."""
+    whole = await openai.Completion.acreate(**PROMPT)
+    assert "Paris" in whole.choices[0].text
+    stream = await openai.Completion.acreate(**PROMPT, stream=True)
+    assert "".join([chunk.choices[0].text async for chunk in stream]) == whole.choices[0].text
+
+
+async def check_async_models() -> None:
+    """The models are listed and retrieved so."""
+    assert {SMOLLM, ALIAS, ECHO} <= {model.id for model in (await konko.Model.alist()).data}
+    for name in (SMOLLM, ALIAS):
+        assert (await konko.Model.aretrieve(name)).id == name
+
+
 def check_model_list() -> None:
     """The models are listed, with what Konko says of each beside OpenAI's fields."""
     models = {model.id: model for model in konko.Model.list().data}

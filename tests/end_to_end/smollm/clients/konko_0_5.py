@@ -12,6 +12,7 @@ from tests.end_to_end.smollm.clients.checks import ANSWER, refused, run
 
 MESSAGES = [{"role": "user", "content": PARIS}]
 REPETITION = [{"role": "user", "content": "Count from one to twenty in words."}]
+PROMPT = {"model": SMOLLM, "prompt": "The capital of France is", "temperature": 0, "max_tokens": 8}
 OPENAI_KEY = "X-OpenAI-Api-Key"
 
 
@@ -85,9 +86,8 @@ def check_completion() -> None:
 
 def check_completion_streamed() -> None:
     """A prompt is completed in a stream, by the same text."""
-    request = {"model": SMOLLM, "prompt": "The capital of France is", "temperature": 0, "max_tokens": 8}
-    whole = konko.completions.create(**request)
-    chunks = list(konko.completions.create(**request, stream=True))
+    whole = konko.completions.create(**PROMPT)
+    chunks = list(konko.completions.create(**PROMPT, stream=True))
     assert "".join(chunk.choices[0].text for chunk in chunks) == whole.choices[0].text
     assert chunks[-1].choices[0].finish_reason == whole.choices[0].finish_reason
 
@@ -117,7 +117,12 @@ def check_client() -> None:
         assert client.chat.completions.create(model=ALIAS, messages=MESSAGES, temperature=0).model == ALIAS
         stream = client.chat.completions.create(model=SMOLLM, messages=MESSAGES, temperature=0, stream=True)
         assert text(list(stream)) == ANSWER
+        completion = client.completions.create(**PROMPT)
+        assert "Paris" in completion.choices[0].text
+        pieces = client.completions.create(**PROMPT, stream=True)
+        assert "".join(chunk.choices[0].text for chunk in pieces) == completion.choices[0].text
         assert SMOLLM in [model.id for model in client.models.list()]
+        assert client.models.retrieve(ALIAS).id == ALIAS
 
 
 async def check_async_client() -> None:
@@ -128,6 +133,10 @@ async def check_async_client() -> None:
         assert answer.choices[0].message.content == ANSWER
         stream = await client.chat.completions.create(**request, stream=True)
         assert text([chunk async for chunk in stream]) == ANSWER
+        completion = await client.completions.create(**PROMPT)
+        assert "Paris" in completion.choices[0].text
+        pieces = await client.completions.create(**PROMPT, stream=True)
+        assert "".join([chunk.choices[0].text async for chunk in pieces]) == completion.choices[0].text
         assert SMOLLM in [model.id async for model in client.models.list()]
         assert (await client.models.retrieve(ALIAS)).id == ALIAS
 

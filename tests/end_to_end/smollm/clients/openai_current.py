@@ -13,7 +13,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk, ChatCompletio
 from pydantic import BaseModel
 from pydantic_core import from_json
 
-from tests.end_to_end.smollm import ALIAS, ECHO, PARIS, SMOLLM, UPSTREAM
+from tests.end_to_end.smollm import ALIAS, ECHO, PARIS, REFUSING, SMOLLM, UPSTREAM
 from tests.end_to_end.smollm.clients.checks import ANSWER, refused, run
 
 QUESTION: list[ChatCompletionUserMessageParam] = [{"role": "user", "content": PARIS}]
@@ -506,6 +506,59 @@ def check_provider_out_of_reach() -> None:
     error = refused(openai.InternalServerError, ask, model=UPSTREAM, extra_headers=key)
     assert error.status_code == 502
     assert "a-key" not in str(error)
+
+
+def check_every_status() -> None:
+    """Whatever status a provider answers with, the exception is the one that OpenAI's own would be, in the
+    provider's words."""
+    kinds: dict[int, type[openai.APIStatusError]] = {
+        400: openai.BadRequestError,
+        401: openai.AuthenticationError,
+        403: openai.PermissionDeniedError,
+        404: openai.NotFoundError,
+        409: openai.ConflictError,
+        418: openai.APIStatusError,
+        422: openai.UnprocessableEntityError,
+        429: openai.RateLimitError,
+        500: openai.InternalServerError,
+        503: openai.InternalServerError,
+    }
+    for status, kind in kinds.items():
+        error = refused(kind, ask_provider, user=str(status))
+        assert error.status_code == status
+        assert (error.param, error.code, error.type) == ("user", "asked_for", "of_theirs")
+        assert f"{status} it is" in error.message
+
+
+def check_provider_that_is_late() -> None:
+    """A provider that does not answer in time is an InternalServerError of 504."""
+    error = refused(openai.InternalServerError, ask_provider, user="late")
+    assert (error.status_code, error.code) == (504, "first_token_timeout")
+
+
+def check_stream_that_breaks_off() -> None:
+    """A stream that cannot go on raises an APIError in its midst, after what it has said."""
+    stream: Any = ask_provider(user="begun", stream=True)
+    said: list[str] = []
+
+    def listen() -> None:
+        for chunk in stream:
+            said.append(chunk.choices[0].delta.content)  # noqa: PERF401 - what came before the error counts
+
+    assert refused(openai.APIError, listen).code == "upstream_failed"
+    assert said == ["Par"]
+
+
+def ask_provider(**parameters: Any) -> ChatCompletion:
+    """The answer of a provider that does what its `user` asks."""
+    return ask(model=REFUSING, extra_headers={"X-OpenAI-Api-Key": "a-key"}, **parameters)
+
+
+def check_no_connection() -> None:
+    """A port at which nobody listens is an APIConnectionError."""
+    with openai.OpenAI(base_url="http://127.0.0.1:9/v1", max_retries=0) as nowhere:
+        create = nowhere.chat.completions.create
+        refused(openai.APIConnectionError, create, model=SMOLLM, messages=QUESTION)
 
 
 def check_wrong_method() -> None:
