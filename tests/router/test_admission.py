@@ -1,22 +1,26 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
 
-from router.admission import LONGEST_RETRY_S, Admission, Slot
+from router.admission import Admission, Slot
 from router.errors import InvalidRequest, Overloaded
+from serving.drain import LONGEST_RETRY_S
 from tests.waiting import soon
 
 CAPACITY = 5
 QUEUED = 6
+CALLERS = ("ada", "grace", "joan", "")
 
 
 class Requests(RuleBasedStateMachine):
-    """Requests come, wait, leave, time out and end in any order, and between any two turns of the loop."""
+    """Requests of several callers come, wait, are turned away for others, leave, time out and end in any
+    order, and between any two turns of the loop."""
 
     asked = Bundle("asked")
 
@@ -25,6 +29,7 @@ class Requests(RuleBasedStateMachine):
         self.loop = asyncio.new_event_loop()
         self.admission = Admission("m", in_flight=CAPACITY, queued=QUEUED)
         self.sizes: list[int] = []
+        self.callers: list[str] = []
         self.tasks: list[asyncio.Task[Slot]] = []
         self.closed: set[int] = set()
         self.left: set[int] = set()
@@ -38,11 +43,17 @@ class Requests(RuleBasedStateMachine):
         """Whether a request that is over went without."""
         return task.cancelled() or task.exception() is not None
 
-    @rule(target=asked, size=st.integers(1, CAPACITY), timeout_s=st.sampled_from([0.0, 1e6]))
-    def ask(self, size: int, timeout_s: float) -> int:
+    @rule(
+        target=asked,
+        size=st.integers(1, CAPACITY),
+        timeout_s=st.sampled_from([0.0, 1e6]),
+        caller=st.sampled_from(CALLERS),
+    )
+    def ask(self, size: int, timeout_s: float, caller: str) -> int:
         """A request for so many slots, which may be unwilling to wait."""
         self.sizes.append(size)
-        self.tasks.append(self.loop.create_task(self.admission.admit(size, timeout_s)))
+        self.callers.append(caller)
+        self.tasks.append(self.loop.create_task(self.admission.admit(size, timeout_s, caller)))
         return len(self.tasks) - 1
 
     @rule(one=asked)
@@ -73,12 +84,21 @@ class Requests(RuleBasedStateMachine):
         """Everything that can happen has happened: the books balance."""
         for _ in range(10):
             self.turn()
-        held = [at for at in self.granted() if at not in self.closed]
-        pending = [at for at, task in enumerate(self.tasks) if not task.done()]
-        assert self.admission.used == sum(self.sizes[at] for at in held)
-        assert self.admission.waiting == len(pending)
-        if pending:
-            assert self.admission.used + self.sizes[pending[0]] > CAPACITY, "a slot is free and nobody has it"
+        held: Counter[str] = Counter()
+        for at in self.granted():
+            if at not in self.closed:
+                held[self.callers[at]] += self.sizes[at]
+        assert self.admission.used == held.total()
+        assert self.admission._held == held
+        first: dict[str, int] = {}
+        for at, task in enumerate(self.tasks):
+            if not task.done():
+                first.setdefault(self.callers[at], self.sizes[at])
+        assert self.admission.waiting == sum(not task.done() for task in self.tasks)
+        if first:
+            fewest = min(held[caller] for caller in first)
+            next_ones = [size for caller, size in first.items() if held[caller] == fewest]
+            assert self.admission.used + max(next_ones) > CAPACITY, "a slot is free and nobody has it"
         for at, task in enumerate(self.tasks):
             if task.done() and not task.cancelled() and (error := task.exception()):
                 assert isinstance(error, Overloaded), f"request {at}: {error!r}"
@@ -86,11 +106,16 @@ class Requests(RuleBasedStateMachine):
 
     @invariant()
     def nobody_is_overtaken(self) -> None:
-        """Whoever still waits came after all who were served."""
-        waiting = [at for at, task in enumerate(self.tasks) if not task.done() and at not in self.left]
+        """Of one caller, whoever still waits came after all who were served."""
         # A task that has just been created, or just been served, may not have run yet.
-        if waiting and self.admission.waiting == len([t for t in self.tasks if not t.done()]):
-            assert max(self.granted(), default=-1) < min(waiting)
+        if self.admission.waiting != len([t for t in self.tasks if not t.done()]):
+            return
+        granted = self.granted()
+        for caller in CALLERS:
+            own = [at for at, each in enumerate(self.callers) if each == caller]
+            waiting = [at for at in own if not self.tasks[at].done() and at not in self.left]
+            if waiting:
+                assert max((at for at in granted if at in own), default=-1) < min(waiting)
 
     @invariant()
     def never_more_than_there_are(self) -> None:
@@ -104,6 +129,8 @@ class Requests(RuleBasedStateMachine):
             self.leave(at)
         self.settle()
         assert self.admission.used == self.admission.waiting == 0
+        assert not self.admission._held
+        assert not self.admission._queues
         self.loop.close()
 
 
@@ -111,9 +138,48 @@ TestRequests = Requests.TestCase
 TestRequests.settings = settings(max_examples=120, stateful_step_count=40)
 
 
-async def take(admission: Admission, size: int = 1) -> Slot:
+async def take(admission: Admission, size: int = 1, caller: str = "") -> Slot:
     """A slot that is free."""
-    return await soon(admission.admit(size, 10.0))
+    return await soon(admission.admit(size, 10.0, caller))
+
+
+class Line:
+    """Requests that wait, and who has been served, in order."""
+
+    def __init__(self, admission: Admission) -> None:
+        self.served: list[tuple[str, Slot]] = []
+        self.refused: list[tuple[str, Overloaded]] = []
+        self._admission = admission
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def join(self, caller: str, times: int = 1, size: int = 1) -> None:
+        """So many requests of a caller come."""
+        for _ in range(times):
+            task = asyncio.create_task(self._wait(caller, size))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+            await turns()
+
+    async def _wait(self, caller: str, size: int) -> None:
+        try:
+            self.served.append((caller, await self._admission.admit(size, 1e6, caller)))
+        except Overloaded as error:
+            self.refused.append((caller, error))
+
+    async def leave(self) -> None:
+        """Whoever waits leaves, and all slots are given back."""
+        for task in self._tasks:
+            task.cancel()
+        await turns()
+        for _, slot in self.served:
+            slot.close()
+        assert self._admission.used == self._admission.waiting == 0
+
+
+async def turns() -> None:
+    """Everything that can happen has happened."""
+    for _ in range(5):
+        await asyncio.sleep(0)
 
 
 async def test_a_request_takes_a_slot_for_each_choice() -> None:
@@ -184,3 +250,152 @@ async def test_retry_after_follows_how_fast_work_drains() -> None:
     assert await advice(admission, 80) >= told[2]
     for slot in held:
         slot.close()
+
+
+# ---- callers ------------------------------------------------------------------------------------------
+
+
+async def test_a_caller_with_many_waiting_does_not_delay_anothers_first() -> None:
+    """However long one caller's queue is, another's first request is the next."""
+    admission = Admission("m", in_flight=3, queued=1000)
+    held = [await take(admission, caller="ada") for _ in range(3)]
+    line = Line(admission)
+    await line.join("ada", 200)
+    await line.join("grace")
+    held[0].close()
+    await turns()
+    assert [caller for caller, _ in line.served] == ["grace"]
+    for slot in held[1:]:
+        slot.close()
+    await line.leave()
+
+
+async def test_callers_have_equal_shares() -> None:
+    """Where all want more than there is, each holds as many slots as any other, whoever came first and
+    however many choices each request has."""
+    admission = Admission("m", in_flight=12, queued=1000)
+    held = [await take(admission, caller="ada") for _ in range(12)]
+    line = Line(admission)
+    await line.join("ada", 20)
+    await line.join("grace", 10, size=2)
+    await line.join("joan", 5, size=4)
+    for slot in held:
+        slot.close()
+        await turns()
+    assert admission._held == {"ada": 4, "grace": 4, "joan": 4}
+    await line.leave()
+
+
+async def test_callers_who_hold_as_many_take_turns() -> None:
+    """Among callers who hold nothing the one is next that was served longest ago."""
+    admission = Admission("m", in_flight=1, queued=1000)
+    held = await take(admission, caller="other")
+    line = Line(admission)
+    await line.join("ada", 3)
+    await line.join("grace", 3)
+    await line.join("joan", 2)
+    held.close()
+    await turns()
+    for n in range(8):
+        line.served[n][1].close()
+        await turns()
+    served = [caller for caller, _ in line.served]
+    assert served == ["ada", "grace", "joan", "ada", "grace", "joan", "ada", "grace"]
+    await line.leave()
+
+
+async def test_who_comes_with_less_does_not_wait_behind_what_does_not_fit() -> None:
+    """A request of a caller who holds fewer slots is next as soon as it comes: where it fits it is served at
+    once, though another that does not fit has waited longer."""
+    admission = Admission("m", in_flight=4, queued=10)
+    held = await take(admission, 2, "ada")
+    line = Line(admission)
+    await line.join("ada", size=3)
+    await line.join("grace")
+    assert [caller for caller, _ in line.served] == ["grace"]
+    # But of one caller nobody is overtaken.
+    await line.join("ada")
+    assert [caller for caller, _ in line.served] == ["grace"]
+    held.close()
+    await turns()
+    assert [caller for caller, _ in line.served] == ["grace", "ada"]
+    await line.leave()
+
+
+async def test_a_full_queue_makes_room_for_a_caller_that_has_none() -> None:
+    """Whoever has none in a full queue takes the place of the newest request of the caller that has the most.
+    That one is told when to come back, and where nobody has more than another the newcomer is."""
+    admission = Admission("m", in_flight=1, queued=4)
+    held = await take(admission, caller="ada")
+    line = Line(admission)
+
+    async def refused_by(caller: str) -> list[str]:
+        """Whom it costs a place that this caller's request comes."""
+        line.refused.clear()
+        await line.join(caller)
+        assert admission.waiting == 4
+        for _, error in line.refused:
+            assert 1 <= int(error.headers["retry-after"]) <= LONGEST_RETRY_S
+        return [caller for caller, _ in line.refused]
+
+    await line.join("ada", 4)
+    assert await refused_by("ada") == ["ada"]
+    assert await refused_by("grace") == ["ada"]
+    assert await refused_by("joan") == ["ada"]
+    # One more of hers would be as many as ada has.
+    assert await refused_by("joan") == ["joan"]
+    assert await refused_by("mary") == ["ada"]
+    assert await refused_by("anne") == ["anne"]
+    held.close()
+    await turns()
+    for n in range(3):
+        line.served[n][1].close()
+        await turns()
+    # It is the oldest of ada's that is left.
+    assert [caller for caller, _ in line.served] == ["ada", "grace", "joan", "mary"]
+    await line.leave()
+
+
+async def test_who_is_turned_away_for_another_is_the_newest() -> None:
+    """Of the caller that has the most it is the one that came last, not one that has waited long."""
+    admission = Admission("m", in_flight=1, queued=3)
+    held = await take(admission, caller="ada")
+    waiting = []
+    for _ in range(3):
+        waiting.append(asyncio.create_task(admission.admit(1, 1e6, "ada")))
+        await turns()
+    other = asyncio.create_task(admission.admit(1, 1e6, "grace"))
+    await turns()
+    assert [task.done() for task in waiting] == [False, False, True]
+    with pytest.raises(Overloaded):
+        await waiting[2]
+    held.close()
+    for task in (waiting[0], other, waiting[1]):
+        (await soon(task)).close()
+    assert admission.used == admission.waiting == 0
+
+
+async def test_a_queue_without_places_has_none_for_anybody() -> None:
+    """Where nobody may wait nobody does, whoever comes."""
+    admission = Admission("m", in_flight=1, queued=0)
+    held = await take(admission, caller="ada")
+    with pytest.raises(Overloaded):
+        await admission.admit(1, 10.0, "grace")
+    held.close()
+
+
+async def test_who_leaves_as_its_place_is_taken_leaves_nothing() -> None:
+    """A request that is turned away in the same moment in which its client leaves is simply gone."""
+    admission = Admission("m", in_flight=1, queued=2)
+    held = await take(admission, caller="ada")
+    waiting = [asyncio.create_task(admission.admit(1, 1e6, "ada")) for _ in range(2)]
+    await turns()
+    other = asyncio.create_task(admission.admit(1, 1e6, "grace"))
+    await asyncio.sleep(0)
+    waiting[1].cancel()
+    with pytest.raises((asyncio.CancelledError, Overloaded)):
+        await waiting[1]
+    held.close()
+    for task in (waiting[0], other):
+        (await soon(task)).close()
+    assert admission.used == admission.waiting == 0
