@@ -23,10 +23,10 @@ inputs := pyproject.toml deploy/setup.sh $(addprefix $(requirements)/,$(ACCELERA
 test_folders := $(filter-out tests/__pycache__/ tests/end_to_end/,$(wildcard tests/*/))
 tests = $(wildcard tests/test_*.py) $(test_folders) $(wildcard tests/end_to_end/)
 
-.PHONY: help serve test test-all lint bench bench-peers pins clean
+.PHONY: help serve test test-all lint bench bench-peers bench-accounts pins clean
 
 help: ## This list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
 	@echo
 	@echo '  CONFIG=path        the configuration to serve (deploy/local.yaml)'
 	@echo '  PORT=n             listen on this port instead of the configured one'
@@ -70,6 +70,9 @@ cpu_note := \# Installed with --no-deps. torchvision, torchaudio, torchcodec, tr
 	purpose: cpu.overrides.txt says why.
 
 peers := benchmarks/peers/requirements
+
+bench-accounts: $(ready) ## Set up, then measure what accounts cost on the hot path
+	$(bin)/python -m benchmarks.accounts
 
 pins: $(ready) ## Resolve pyproject.toml into deploy/requirements/{cpu,gpu,dev}.txt, and what the peers need
 	$(bin)/python -m pip install --quiet uv==0.9.30

@@ -18,9 +18,12 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError, field_validator
 
 from cluster import environment, strict_yaml
+from cluster.accounts import account_faults
 from cluster.faults import ConfigError, Fault, fault, field_at, nearest, shown
 from cluster.table import table
 from cluster.upstream import HOSTED_ONLY, UpstreamConfig, key_faults
+from router.accounts.settings import AccountsSettings, Price
+from router.accounts.settings import Limits as SharedLimits
 from router.settings import (
     AnswerSettings,
     HostedModel,
@@ -147,6 +150,8 @@ class ModelConfig(AnswerSettings):
         ModelTimeouts(), description="What differs from the top level's timeouts."
     )
     card: ModelCard = Field(ModelCard(), description="What GET /v1/models says about it.")
+    price: Price = Field(Price(), description="What its tokens cost.")
+    shared_limits: SharedLimits = Field(SharedLimits(), description="What all keys together may ask of it.")
 
     @property
     def engine_settings(self) -> EngineSettings:
@@ -180,6 +185,7 @@ class Config(AnswerSettings):
         None, description="Folder for log files; without it each start makes a temporary one."
     )
     ray: RayConfig = RayConfig()
+    accounts: AccountsSettings = AccountsSettings()
     limits: Limits = Limits()
     timeouts: Timeouts = Timeouts()
     trunk: TrunkSettings = TrunkSettings()
@@ -203,6 +209,7 @@ class Config(AnswerSettings):
             listen=self.listen,
             drain_s=self.drain_s,
             models=tuple(map(self._router_model, self.models)),
+            accounts=environment.placed(self.accounts),
             limits=self.limits,
             timeouts=self.timeouts,
             trunk=self.trunk,
@@ -213,6 +220,8 @@ class Config(AnswerSettings):
             "name": model.name,
             "aliases": model.aliases,
             "card": model.card,
+            "price": model.price,
+            "shared_limits": model.shared_limits,
             "limits": _inherit(self.limits, model.limits),
             "timeouts": _inherit(self.timeouts, model.timeouts),
             **self._answers(model),
@@ -262,6 +271,8 @@ def load(path: str | Path) -> Config:
         faults += _schema_faults(error, Config)
     faults += [*_name_faults(data), *_backend_faults(data)]
     if faults:
+        raise ConfigError(path, faults)
+    if faults := [*account_faults(config.accounts, config.listen, config.routers)]:
         raise ConfigError(path, faults)
     return config
 

@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import os
 import secrets
+from contextlib import suppress
+from pathlib import Path
 
 from pydantic import SecretStr
+
+from router.accounts.settings import AccountsSettings
 
 TRUNK_SECRET = "TRUNKLINE_SECRET"  # noqa: S105 - the variable's name
 """May hold the secret that trunks demand; without it each deployment makes its own."""
@@ -43,6 +47,21 @@ OWN_RAY = {
 """For a Ray of our own, unless the environment says otherwise."""
 
 
+STORE = "TRUNKLINE_STORE"
+REDIS = "TRUNKLINE_REDIS"
+"""May hold the URLs of accounts.store and accounts.redis, passwords included."""
+
+KEY = "TRUNKLINE_KEY"
+"""May hold the key with which commands ask a running server."""
+
+DATA = "TRUNKLINE_DATA"
+"""May hold the folder of what has to be kept, unless the configuration names one."""
+
+ADMIN_KEY = "TRUNKLINE_ADMIN_KEY"
+ADMIN_PASSWORD = "TRUNKLINE_ADMIN_PASSWORD"  # noqa: S105 - the variable's name
+"""May hold the first admin's key and password, for a start with an empty store."""
+
+
 class WeakSecret(Exception):
     """The environment gives a secret that could be guessed."""
 
@@ -72,3 +91,52 @@ def trunk_secret() -> bytes:
     if given and len(given) < LEAST_SECRET:
         raise WeakSecret(f"{TRUNK_SECRET} has {len(given)} bytes; at least {LEAST_SECRET} are expected")
     return given or secrets.token_bytes(32)
+
+
+def forget_secrets() -> None:
+    """Take out of the environment what no process that we start has to know."""
+    for name in (STORE, REDIS, ADMIN_KEY, ADMIN_PASSWORD):
+        os.environ.pop(name, None)
+
+
+def admin_password() -> str | None:
+    """The first admin's password, if one is given."""
+    return os.environ.get(ADMIN_PASSWORD) or None
+
+
+def admin_key() -> str | None:
+    """The first admin's key, if one is given."""
+    return os.environ.get(ADMIN_KEY, "").strip() or None
+
+
+def key() -> str | None:
+    """The key with which commands ask, if there is one."""
+    return os.environ.get(KEY, "").strip() or None
+
+
+def placed(settings: AccountsSettings) -> AccountsSettings:
+    """The same, with every place found out: the configuration's, or the environment's, or the default."""
+    folder = settings.folder or Path(os.environ.get(DATA) or "~/.local/share/trunkline")
+    folder = _from_here(folder)
+    store = settings.store or _secret(STORE) or SecretStr(f"sqlite:///{folder}/trunkline.db")
+    redis = settings.redis or _secret(REDIS)
+    return settings.model_copy(update={"folder": folder, "store": _anchored(store), "redis": redis})
+
+
+def _anchored(store: SecretStr) -> SecretStr:
+    """A store in a file, as it is meant from here: every process of a deployment has a folder of its own."""
+    kind, mark, path = store.get_secret_value().partition("sqlite:///")
+    if kind or not mark or path in {"", ":memory:"}:
+        return store
+    return SecretStr(f"sqlite:///{_from_here(Path(path))}")
+
+
+def _from_here(path: Path) -> Path:
+    with suppress(RuntimeError):  # nobody has the name after ~
+        path = path.expanduser()
+    return path.absolute()
+
+
+def _secret(variable: str) -> SecretStr | None:
+    given = os.environ.get(variable, "").strip()
+    return SecretStr(given) if given else None

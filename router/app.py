@@ -9,18 +9,27 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from prometheus_client.registry import CollectorRegistry
+from pydantic import SecretStr
 from starlette.exceptions import HTTPException
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from router import answers
+from router.accounts.accounts import Accounts
+from router.accounts.api import add_api
+from router.accounts.callers import check_token
+from router.accounts.guard import guarded, models_of, refusal
 from router.admission import Admission
-from router.call import new_id, request_id
 from router.catalog import Catalog, Model
 from router.completions import ENDPOINTS, Completions
+from router.console.pages import add_console
+from router.cors import with_cors
 from router.docs import PAGE_HEADERS, Documentation
 from router.errors import ApiError, InternalError, InvalidRequest, MethodNotAllowed, UnknownPath
+from router.gate import OpenGate
+from router.headers import request_id
+from router.ids import new_id
 from router.metrics import RouterMetrics
 from router.replicas import Replicas
 from router.settings import HostedModel, RouterSettings, UpstreamModel
@@ -44,8 +53,10 @@ class Application:
         secret: bytes,
         registry: CollectorRegistry,
         scrape: Scrape,
+        accounts: Accounts | None = None,
     ) -> None:
-        """To be made on a running event loop. `identity` names this process to replicas and in logs."""
+        """To be made on a running event loop. `identity` names this process to replicas and in logs. Without
+        `accounts` whoever reaches the port may ask, and nothing is kept of it."""
         self.metrics = RouterMetrics(registry)
         self.hosted = {
             model.application: self._replicas(model, settings, identity, secret)
@@ -54,8 +65,16 @@ class Application:
         }
         """The replicas of each hosted model, by the Serve application that holds them."""
         self.catalog = Catalog(map(self._model, settings.models), settings.created)
-        self.completions = Completions(self.catalog, settings, self.metrics)
-        self._others = with_request_id(build_api(self.catalog, self.completions, scrape))
+        self.completions = Completions(self.catalog, settings, self.metrics, accounts or OpenGate())
+        if accounts is not None:
+            ledger = accounts.ledger
+            self.metrics.watch_ledger(up=lambda: not ledger.down, spooled=lambda: ledger.spooled_bytes)
+        api: ASGIApp = build_api(
+            self.catalog, self.completions, scrape, accounts, settings.listen.metrics_token
+        )
+        if accounts is not None:
+            api = guarded(api, accounts.callers)
+        self._others = with_own_headers(with_cors(api, settings.accounts.cors_origins))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] in ENDPOINTS and scope["method"] == "POST":
@@ -94,7 +113,13 @@ class Application:
         return Model(settings, backend, admission, metrics)
 
 
-def build_api(catalog: Catalog, completions: Completions, scrape: Scrape) -> FastAPI:
+def build_api(
+    catalog: Catalog,
+    completions: Completions,
+    scrape: Scrape,
+    accounts: Accounts | None = None,
+    token: SecretStr | None = None,
+) -> FastAPI:
     """All routes but the streaming ones; those are named here so that other methods are refused as such.
 
     Every route is a coroutine: FastAPI runs others in threads, where the loop's state must not be read.
@@ -103,18 +128,12 @@ def build_api(catalog: Catalog, completions: Completions, scrape: Scrape) -> Fas
     api.router.routes.extend(Route(path, completions, methods=["POST"]) for path in ENDPOINTS)
 
     @api.get("/v1/models", response_model_exclude_none=True)
-    async def models() -> answers.ModelList:
-        return answers.ModelList(data=catalog.entries())
+    async def models(request: Request) -> answers.ModelList:
+        return answers.ModelList(data=catalog.entries(models_of(request.state)))
 
     @api.get("/v1/models/{name:path}", response_model_exclude_none=True)
-    async def model(name: str) -> answers.Model:
-        return catalog.entry(name)
-
-    @api.get("/metrics")
-    async def metrics(scope: str = "deployment") -> Response:
-        if scope not in {"deployment", "process"}:
-            raise InvalidRequest(f'scope must be "deployment" or "process", not {scope!r}', param="scope")
-        return Response(await scrape(scope == "process"), media_type=CONTENT_TYPE)
+    async def model(request: Request, name: str) -> answers.Model:
+        return catalog.entry(name, models_of(request.state))
 
     @api.get("/health")
     async def health() -> JSONResponse:
@@ -130,10 +149,27 @@ def build_api(catalog: Catalog, completions: Completions, scrape: Scrape) -> Fas
     async def routes() -> dict[str, str]:
         return {"/": "router"}
 
-    document(api, Documentation([model.settings for model in catalog.models]))
+    add_metrics(api, scrape, token)
+    documentation = Documentation([model.settings for model in catalog.models], accounts=accounts is not None)
+    document(api, documentation)
+    if accounts is not None:
+        add_api(api, accounts, catalog)
+        add_console(api, accounts, catalog, documentation)
     for kind, answer in ERROR_ANSWERS.items():
         api.add_exception_handler(kind, answer)
     return api
+
+
+def add_metrics(api: FastAPI, scrape: Scrape, token: SecretStr | None) -> None:
+    """The route that Prometheus reads; `token` is what it has to send, if anything."""
+
+    @api.get("/metrics")
+    async def metrics(request: Request, scope: str = "deployment") -> Response:
+        if token is not None:
+            check_token(request.headers.raw, token)
+        if scope not in {"deployment", "process"}:
+            raise InvalidRequest(f'scope must be "deployment" or "process", not {scope!r}', param="scope")
+        return Response(await scrape(scope == "process"), media_type=CONTENT_TYPE)
 
 
 def document(api: FastAPI, documentation: Documentation) -> None:
@@ -148,30 +184,28 @@ def document(api: FastAPI, documentation: Documentation) -> None:
         return HTMLResponse(await documentation.page(), headers=PAGE_HEADERS)
 
 
-def answer(error: ApiError) -> Response:
-    """The error as a response."""
-    return Response(error.body(), error.status, dict(error.headers), "application/json")
+_WHAT_IT_SAYS = ((b"x-content-type-options", b"nosniff"),)
 
 
 async def _api_error(_: Request, error: Any) -> Response:
-    return answer(error)
+    return refusal(error)
 
 
 async def _http_error(request: Request, error: Any) -> Response:
     if error.status_code == 405:
         allowed = error.headers["Allow"].split(", ")
-        return answer(MethodNotAllowed(request.method, request.url.path, allowed))
-    return answer(UnknownPath(request.url.path))
+        return refusal(MethodNotAllowed(request.method, request.url.path, allowed))
+    return refusal(UnknownPath(request.url.path))
 
 
 async def _invalid(_: Request, error: Any) -> Response:
     fault = error.errors()[0]
     field = str(fault["loc"][-1])
-    return answer(InvalidRequest(f"{field}: {fault['msg']}, not {fault['input']!r}", param=field))
+    return refusal(InvalidRequest(f"{field}: {fault['msg']}, not {fault['input']!r}", param=field))
 
 
 async def _internal(_: Request, __: Exception) -> Response:
-    return answer(InternalError())
+    return refusal(InternalError())
 
 
 ERROR_ANSWERS: dict[type[Exception] | int, Callable[[Request, Any], Awaitable[Response]]] = {
@@ -182,15 +216,17 @@ ERROR_ANSWERS: dict[type[Exception] | int, Callable[[Request, Any], Awaitable[Re
 }
 
 
-def with_request_id(app: ASGIApp) -> ASGIApp:
-    """Put `x-request-id` on every answer of `app`."""
+def with_own_headers(app: ASGIApp) -> ASGIApp:
+    """Put `x-request-id` on every answer of `app`, and that it is what it says it is."""
 
     async def labelled(scope: Scope, receive: Receive, send: Send) -> None:
         identifier = (request_id(scope["headers"]) or new_id()).encode()
 
         async def send_labelled(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], (b"x-request-id", identifier)]
+                own = [(b"x-request-id", identifier), *_WHAT_IT_SAYS]
+                taken = {name for name, _ in message["headers"]}
+                message["headers"] = [*message["headers"], *(line for line in own if line[0] not in taken)]
             await send(message)
 
         await app(scope, receive, send_labelled)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import re
-from collections.abc import Iterable
+from collections.abc import Collection
 from time import perf_counter
 from typing import Any, Self
 
@@ -13,16 +11,16 @@ from pydantic import SecretStr
 from starlette.types import Receive, Scope
 
 from router.backend import Piece, Stream
+from router.cors import origin_lines
 from router.errors import ApiError, BodyTooLarge, RequestTimeout, TotalTimeout, UnsupportedMediaType
+from router.gate import UNKEPT, Entry, Settlement
+from router.headers import Header, header, request_id, user_agent
 from router.http import EXCHANGE, Exchange, header_line
+from router.ids import new_id
 from router.metrics import ModelMetrics, Outcome, RequestMetrics, RouterMetrics
-
-_CALLERS_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 
 LAST_EVENT_S = 1.0
 """Seconds that a client gets to take the event that ends a broken stream."""
-
-Header = tuple[bytes, bytes]
 
 _JSON = header_line("content-type", "application/json")
 _EVENTS = header_line("content-type", "text/event-stream; charset=utf-8") + header_line(
@@ -32,25 +30,6 @@ _EVENTS = header_line("content-type", "text/event-stream; charset=utf-8") + head
 
 class ClientLeft(Exception):
     """The client closed its connection before its answer was complete."""
-
-
-def new_id() -> str:
-    """32 hexadecimal digits that nobody has had before."""
-    return os.urandom(16).hex()
-
-
-def request_id(headers: Iterable[Header]) -> str | None:
-    """The caller's own id for its request, where it is one that is fit for headers and logs."""
-    given = header(headers, b"x-request-id")
-    return given.decode() if given is not None and _CALLERS_ID.fullmatch(given) else None
-
-
-def header(headers: Iterable[Header], name: bytes) -> bytes | None:
-    """The first value of a request header; `name` in lower case."""
-    for key, value in headers:
-        if key == name:
-            return value
-    return None
 
 
 class Interruptible:
@@ -98,16 +77,23 @@ class Interruptible:
 class Call:
     """What one request is and what becomes of it. Tokens count when the client's socket has them."""
 
-    def __init__(self, scope: Scope, receive: Receive, metrics: RouterMetrics) -> None:
+    def __init__(
+        self, scope: Scope, receive: Receive, metrics: RouterMetrics, origins: Collection[str] = ()
+    ) -> None:
+        """`origins`: those whose pages may read the answer."""
         self.key = new_id()
         """Ours, unique; the caller's `request_id` may not be."""
-        self._headers: list[Header] = scope["headers"]
-        self.request_id = request_id(self._headers) or self.key
+        self.headers: list[Header] = scope["headers"]
+        self.request_id = request_id(self.headers) or self.key
+        self.agent = user_agent(self.headers)
         self.path: str = scope["path"]
         self.model: str | None = None
         self.streamed = False
+        self.entry: Entry = UNKEPT
+        """What is kept of it, as soon as it is known who calls."""
         # Taken out, as it holds the scope itself: a request shall leave nothing to the collector of garbage.
         self._exchange: Exchange = scope["state"].pop(EXCHANGE)
+        self._origin_lines = origin_lines(origins, self.headers) if origins else b""
         self._receive = receive
         self._router_metrics = metrics
         self._metrics: RequestMetrics | None = None
@@ -125,15 +111,15 @@ class Call:
     @property
     def provider_key(self) -> SecretStr | None:
         """The caller's own key for an upstream provider."""
-        key = header(self._headers, b"x-openai-api-key")
+        key = header(self.headers, b"x-openai-api-key")
         return SecretStr(key.decode("latin-1")) if key else None
 
     async def read(self, limit: int, timeout_s: float) -> bytes:
         """The request's body. Raises UnsupportedMediaType, BodyTooLarge, RequestTimeout or ClientLeft."""
-        media_type = header(self._headers, b"content-type")
+        media_type = header(self.headers, b"content-type")
         if media_type != b"application/json" and not _is_json(media_type):
             raise UnsupportedMediaType(media_type.decode("latin-1") if media_type else None)
-        length = header(self._headers, b"content-length")
+        length = header(self.headers, b"content-length")
         if length is not None and int(length) > limit:
             raise BodyTooLarge(limit)
         body = self._exchange.body()
@@ -179,22 +165,55 @@ class Call:
         early."""
         exchange = self._exchange
         piece = await stream.read()
+        await self._kept(piece)
         await exchange.drain()
         self._begin(piece)
         if not piece.last:
             stream.overflowed, stream.direct = work.interrupt, self._hand_over
         while not piece.last:
             piece = await stream.read()
+            await self._kept(piece)
             await exchange.drain()
             exchange.write(piece.data, more=not piece.last)
             self._count(piece.tokens, perf_counter())
         self._outcome = "completed"
 
+    async def _kept(self, piece: Piece) -> None:
+        """Returns when what the client will know once it has this piece is kept: that there is an answer, or
+        how it ended."""
+        if self.entry.keeps_text:
+            self.entry.answered(piece.data)
+        if piece.last:
+            counted = self._stream.completion_tokens if self._stream is not None else None
+            self._settle("completed", 200, self._tokens + piece.tokens if counted is None else counted)
+        await self.entry.written()
+
+    def _settle(self, outcome: Outcome, status: int, completion_tokens: int) -> None:
+        """Say what is to be kept of the request's end."""
+        stream, now = self._stream, perf_counter()
+        # Who has got nothing but an error has used nothing.
+        got_nothing = outcome in {"failed", "refused"} and self._first_bytes_at is None
+        used = stream is not None and stream.accepted and not got_nothing
+        first = self._first_bytes_at or (now if outcome == "completed" else None)
+        self.entry.settle(
+            Settlement(
+                outcome,
+                status,
+                self.model or "",
+                self._error or "",
+                replica=stream.replica if stream is not None else "",
+                prompt_tokens=stream.prompt_tokens if stream is not None and used else 0,
+                completion_tokens=completion_tokens,
+                first_us=None if first is None else _us(self.began, first),
+                duration_us=_us(self.began, now),
+            )
+        )
+
     def _begin(self, piece: Piece) -> None:
         if self.streamed:
-            self._exchange.begin(200, _EVENTS + self._id_line(), piece.data, more=not piece.last)
+            self._exchange.begin(200, _EVENTS + self._own_lines(), piece.data, more=not piece.last)
         else:
-            self._exchange.respond(200, _JSON + self._id_line(), piece.data)
+            self._exchange.respond(200, _JSON + self._own_lines(), piece.data)
         self._status = 200
         self._first_bytes_at = perf_counter()
         # A provider tells at the end how many there were.
@@ -207,6 +226,8 @@ class Call:
         taken = self._exchange.offer(data)
         if taken:
             self._count(tokens, now)
+            if self.entry.keeps_text:
+                self.entry.answered(data)
         return taken
 
     def _count(self, tokens: int, now: float) -> None:
@@ -225,6 +246,7 @@ class Call:
         self._error = error.code or error.type
         if self._first_bytes_at is not None:
             self._outcome = "failed"
+            await self._fail_kept(self._status)
             # A client that has stopped reading must hold neither the request nor its connection for ever.
             exchange.drop_unread(LAST_EVENT_S)
             # Where this is not written, uvicorn drops the connection of the answer that was left incomplete.
@@ -234,20 +256,26 @@ class Call:
                 exchange.write(error.event(), more=False)
             return
         self._outcome = "failed" if self._stream is not None and self._stream.accepted else "refused"
+        await self._fail_kept(error.status)
         if error.status == 408:
             # The rest of the body may never come. That of one which is too long does, and is dropped for a
             # while: to close now would reset the connection, and a client that still sends would not see why.
             exchange.be_last()
         own = b"".join(header_line(*header) for header in error.headers.items())
         await exchange.drain()
-        exchange.respond(error.status, _JSON + self._id_line() + own, error.body())
+        exchange.respond(error.status, _JSON + self._own_lines() + own, error.body())
         self._status = error.status
+
+    async def _fail_kept(self, status: int) -> None:
+        self._settle(self._outcome, status, self._tokens)
+        await self.entry.written()
 
     def finish(self, log: Any) -> None:
         """Count the request and write its line in a log. To be called once, at the end."""
         now = perf_counter()
         if self._outcome == "cancelled":
             self._status = 499  # whatever its client was sent before it left
+            self._settle("cancelled", 499, self._tokens)
         if self._metrics is not None:
             if self._stream is not None and self._stream.accepted:
                 self._metrics.accepted(self._stream.prompt_tokens)
@@ -257,7 +285,6 @@ class Call:
         self._write_line(log, now)
 
     def _write_line(self, log: Any, now: float) -> None:
-        agent = header(self._headers, b"user-agent")
         stream = self._stream
         log.info(
             "request",
@@ -274,16 +301,22 @@ class Call:
             completion_tokens=self._tokens,
             ttfb_ms=_ms(self.began, self._first_bytes_at),
             duration_ms=_ms(self.began, now),
-            user_agent=agent.decode("latin-1")[:200] if agent else None,
+            user_agent=self.agent or None,
         )
 
-    def _id_line(self) -> bytes:
-        return header_line("x-request-id", self.request_id)
+    def _own_lines(self) -> bytes:
+        """The headers that are this answer's own."""
+        lines = header_line("x-request-id", self.request_id) + self._origin_lines
+        return lines + b"".join(header_line(*each) for each in self.entry.headers)
 
 
 def _is_json(media_type: bytes | None) -> bool:
     """Whether a content type says so, with whatever parameters."""
     return media_type is not None and media_type.split(b";")[0].strip().lower() == b"application/json"
+
+
+def _us(began: float, at: float) -> int:
+    return int((at - began) * 1_000_000)
 
 
 def _ms(began: float, at: float | None) -> float | None:

@@ -6,11 +6,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from router import answers
+from router.accounts.settings import Price
 from router.admission import Admission
 from router.backend import Backend
 from router.errors import ModelNotFound
 from router.metrics import ModelMetrics
 from router.settings import ModelSettings
+
+FREE = Price()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,16 +45,27 @@ class Catalog:
             raise ModelNotFound(name)
         return found
 
-    def entry(self, name: str) -> answers.Model:
-        """What `GET /v1/models/{name}` answers. Raises ModelNotFound."""
-        return self._entry(*self.find(name))
+    def entry(self, name: str, only: frozenset[str] | None = None) -> answers.Model:
+        """What `GET /v1/models/{name}` answers to a caller of `only` these models. Raises ModelNotFound."""
+        name, model = self.find(name)
+        if only is not None and model.settings.name not in only:
+            raise ModelNotFound(name)
+        return self._entry(name, model)
 
-    def entries(self) -> list[answers.Model]:
+    def entries(self, only: frozenset[str] | None = None) -> list[answers.Model]:
         """What `GET /v1/models` answers; each alias is a model of its own."""
-        return [self._entry(name, model) for name, model in self._names.values()]
+        return [
+            self._entry(name, model)
+            for name, model in self._names.values()
+            if only is None or model.settings.name in only
+        ]
 
     def _entry(self, name: str, model: Model) -> answers.Model:
         card = model.settings.card.model_dump()
+        price = model.settings.price
+        if price != FREE:
+            card["price"] = answers.TokenPrice(prompt=f"{price.prompt:f}", completion=f"{price.completion:f}")
+            card["public_endpoint_pricing"] = card["public_endpoint_pricing"] or str(price)
         return answers.Model(
             id=name,
             name=name,

@@ -14,6 +14,7 @@ from router.backend import Job
 from router.call import Call, ClientLeft
 from router.catalog import Catalog
 from router.errors import ApiError, InternalError, ReplicaLost, ShuttingDown, WrongEndpoint
+from router.gate import Gate
 from router.metrics import RouterMetrics
 from router.protocol import model_name, read_json
 from router.reading import read_chat, read_text
@@ -43,8 +44,15 @@ ENDPOINTS = {
 class Completions:
     """Both endpoints, as an ASGI application of its own: nothing stands between it and the socket."""
 
-    def __init__(self, catalog: Catalog, settings: RouterSettings, metrics: RouterMetrics) -> None:
+    def __init__(
+        self,
+        catalog: Catalog,
+        settings: RouterSettings,
+        metrics: RouterMetrics,
+        gate: Gate,
+    ) -> None:
         self.draining = False
+        self._gate = gate
         self._catalog = catalog
         self._settings = settings
         self._metrics = metrics
@@ -52,7 +60,7 @@ class Completions:
         self._requests = structlog.get_logger("router.requests").bind()
 
     async def __call__(self, scope: Scope, receive: Receive, _send: Send) -> None:
-        call = Call(scope, receive, self._metrics)
+        call = Call(scope, receive, self._metrics, self._settings.accounts.cors_origins)
         try:
             await self._complete(call)
         except ApiError as error:
@@ -71,7 +79,10 @@ class Completions:
         if self.draining:
             raise ShuttingDown
         settings = self._settings
-        data = read_json(await call.read(settings.limits.body_bytes, settings.timeouts.body_s))
+        call.entry = await self._gate.enter(call.headers, call.key, call.request_id, call.path)
+        body = await call.read(settings.limits.body_bytes, settings.timeouts.body_s)
+        call.entry.asked(body)
+        data = read_json(body)
         name, model = self._catalog.find(model_name(data))
         call.is_for(name, model.metrics)
         endpoint = ENDPOINTS[call.path]
@@ -81,10 +92,17 @@ class Completions:
         call.streamed = request.stream
         job = Job(call.key, request, data, call.provider_key)
         timeouts = model.settings.timeouts
+        model.backend.check(job)
+        await call.entry.admit(model.settings, request, len(body), model.backend.context_length)
         with (
             call.interruptible(timeouts.total_s) as work,
-            closing(await model.admission.admit(request.sequences, timeouts.queue_s)),
+            closing(await model.admission.admit(request.sequences, timeouts.queue_s, call.entry.caller)),
             closing(await model.backend.generate(job, timeouts.queue_s, call.tried)) as stream,
         ):
-            del data, request, job  # a long conversation need not be held for as long as its answer takes
+            del (
+                body,
+                data,
+                request,
+                job,
+            )  # a long conversation need not be held for as long as its answer takes
             await call.answer(stream, work)

@@ -14,6 +14,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatus
 
+from router.accounts.accounts import Accounts
 from router.app import Application
 from router.discovery import watch
 from router.http import uvicorn_server
@@ -45,9 +46,17 @@ class RouterServer:
         context = serve.get_replica_context()
         self._id = context.replica_id.unique_id
         self._settings = settings
+        self._accounts = (
+            await Accounts.opened(settings.accounts, self._id) if settings.accounts.enabled else None
+        )
         with garbage.starting():
             self._application = Application(
-                settings, identity=self._id, secret=secret, registry=REGISTRY, scrape=self.scrape
+                settings,
+                identity=self._id,
+                secret=secret,
+                registry=REGISTRY,
+                scrape=self.scrape,
+                accounts=self._accounts,
             )
             self._own = serve.get_deployment_handle(context.deployment, context.app_name)
             self._handles = [
@@ -87,6 +96,8 @@ class RouterServer:
         # Without its trunk a stream ends with an error event.
         await self._application.close()
         await asyncio.wait([self._serving], timeout=LAST_WORDS_S)
+        if self._accounts is not None:
+            await self._accounts.close()
         for task in self._tasks:
             task.cancel()
         log.info("router ends", router=self._id)

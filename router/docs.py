@@ -35,8 +35,9 @@ class Documentation:
     """What a router says of itself. Each form is made when it is first asked for, in a thread: it takes a
     tenth of a second."""
 
-    def __init__(self, models: Sequence[ModelSettings]) -> None:
+    def __init__(self, models: Sequence[ModelSettings], *, accounts: bool = False) -> None:
         self._models = models
+        self._accounts = accounts
 
     async def openapi(self) -> bytes:
         """The OpenAPI document as JSON."""
@@ -48,7 +49,7 @@ class Documentation:
 
     @cached_property
     def _document(self) -> Json:
-        return document(self._models)
+        return document(self._models, accounts=self._accounts)
 
     @cached_property
     def _json(self) -> bytes:
@@ -66,7 +67,7 @@ class Documentation:
             trim_blocks=True,
             lstrip_blocks=True,
         )
-        reader = _Reader(self._document)
+        reader = Reader(self._document)
         page = templates.get_template("docs.html").render(
             style=_STYLE,
             document=self._document,
@@ -88,7 +89,7 @@ class Field(NamedTuple):
     examples: list[str]
 
 
-class _Reader:
+class Reader:
     """Reads the document for the page."""
 
     def __init__(self, document: Json) -> None:

@@ -5,12 +5,21 @@
     ├── WrongEndpoint           400
     ├── MalformedRequest        400
     ├── MissingProviderKey      401
+    ├── MissingKey              401
+    ├── InvalidKey              401
+    ├── WrongPassword           401
+    ├── Forbidden               403
+    ├── BadCsrf                 403
+    ├── ModelForbidden          403
     ├── ModelNotFound           404
+    ├── NotFound                404
     ├── UnknownPath             404
     ├── MethodNotAllowed        405  with Allow
     ├── RequestTimeout          408
+    ├── Taken                   409
     ├── BodyTooLarge            413
     ├── UnsupportedMediaType    415
+    ├── QuotaExceeded           429
     ├── HeadersTooLarge         431
     ├── SlowReader              499  only ever an event: bytes had gone out
     ├── InternalError           500
@@ -22,9 +31,13 @@
     ├── UpstreamTimeout         504
     └── RetryLater                   with Retry-After
         ├── Overloaded          429
+        ├── RateLimited         429
+        ├── TooManyFailures     429
+        ├── LimitsUnavailable   503
         ├── NoReplica           503
         ├── ReplicaLost         503
         ├── ShuttingDown        503
+        ├── StoreUnavailable    503
         └── TooManyConnections  503
 
 Before a byte of the answer has gone out an error is a status and `body()`; after that it is the stream's
@@ -46,6 +59,11 @@ MAX_RETRY_AFTER = 600
 
 SHOWN = 60
 """Characters of a client's value that a message repeats."""
+
+_BEARER = {"www-authenticate": "Bearer"}
+
+_HOPELESS = {"x-should-retry": "false"}
+"""OpenAI's SDKs repeat what was answered with 429, unless it says this."""
 
 _json = json.JSONEncoder(ensure_ascii=False)
 
@@ -143,6 +161,68 @@ class MissingProviderKey(ApiError):
         )
 
 
+class MissingKey(ApiError):
+    """The request says nothing of who sends it."""
+
+    status = 401
+    code = "missing_api_key"
+
+    def __init__(self) -> None:
+        super().__init__("no key was sent: send yours as `Authorization: Bearer KEY`", headers=_BEARER)
+
+
+class InvalidKey(ApiError):
+    """The key is none, or none any more."""
+
+    status = 401
+    code = "invalid_api_key"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the key is not known here: it is wrong, was revoked, or its account is disabled", headers=_BEARER
+        )
+
+
+class WrongPassword(ApiError):
+    """No account of that name has that password."""
+
+    status = 401
+    code = "wrong_password"
+
+    def __init__(self) -> None:
+        super().__init__("no account has this name and this password")
+
+
+class Forbidden(ApiError):
+    """It is not the caller's to do."""
+
+    status = 403
+    code = "forbidden"
+
+
+class BadCsrf(ApiError):
+    """A browser sent its cookie, and perhaps none of our pages made it do so."""
+
+    status = 403
+    code = "bad_csrf_token"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "a request that comes with the console's cookie needs the page's token in X-CSRF-Token: load the"
+            " page again, or send a key"
+        )
+
+
+class ModelForbidden(ApiError):
+    """The key is good, and not for this model."""
+
+    status = 403
+    code = "model_forbidden"
+
+    def __init__(self, model: str) -> None:
+        super().__init__(f"this key may not use the model {shown(model)}", param="model")
+
+
 class ModelNotFound(ApiError):
     """No model of that name."""
 
@@ -153,6 +233,17 @@ class ModelNotFound(ApiError):
         super().__init__(
             f"the model {shown(model)} does not exist; GET /v1/models lists those that do", param="model"
         )
+
+
+class NotFound(ApiError):
+    """Nothing of that kind has that id, or it is another account's."""
+
+    status = 404
+    code = "not_found"
+
+    def __init__(self, kind: str, identifier: str) -> None:
+        """`kind` is a word for what was looked for: key, account, request."""
+        super().__init__(f"there is no {kind} {shown(identifier)}")
 
 
 class UnknownPath(ApiError):
@@ -188,6 +279,16 @@ class RequestTimeout(ApiError):
         super().__init__(f"the {part} did not arrive within {seconds:g} s")
 
 
+class Taken(ApiError):
+    """Something else has this name already."""
+
+    status = 409
+    code = "taken"
+
+    def __init__(self, kind: str, name: str) -> None:
+        super().__init__(f"name: there is an {kind} {shown(name)} already", param="name")
+
+
 class BodyTooLarge(ApiError):
     """The body is over the limit."""
 
@@ -207,6 +308,16 @@ class UnsupportedMediaType(ApiError):
     def __init__(self, content_type: str | None) -> None:
         said = f", not {shown(content_type)}" if content_type else ""
         super().__init__(f"content-type must be application/json{said}")
+
+
+class QuotaExceeded(ApiError):
+    """The month's money is spent, or reserved for what is running."""
+
+    status = 429
+    code = "insufficient_quota"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, headers=_HOPELESS)
 
 
 class HeadersTooLarge(ApiError):
@@ -331,6 +442,47 @@ class Overloaded(RetryLater):
         )
 
 
+class TooManyFailures(RetryLater):
+    """Somebody has tried passwords for that account too often."""
+
+    status = 429
+    code = "too_many_failures"
+
+    def __init__(self, retry_after: float) -> None:
+        super().__init__(
+            f"too many failed log-ins: try again in {math.ceil(retry_after)} s", retry_after=retry_after
+        )
+
+
+class RateLimited(RetryLater):
+    """The key, or the model for all, has had as much as its limits let it have now."""
+
+    status = 429
+    code = "rate_limit_exceeded"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        retry_after: float,
+        headers: Mapping[str, str] | None = None,
+        never: bool = False,
+    ) -> None:
+        """`headers`: what is left of the limits. `never`: this request will not fit later either."""
+        super().__init__(message, retry_after=retry_after)
+        self.headers = {**self.headers, **(headers or {}), **(_HOPELESS if never else {})}
+
+
+class LimitsUnavailable(RetryLater):
+    """What is left of the limits cannot be looked up now."""
+
+    status = 503
+    code = "limits_unavailable"
+
+    def __init__(self) -> None:
+        super().__init__("the limits cannot be counted now")
+
+
 class NoReplica(RetryLater):
     """The model is known, and nothing healthy took the request in time."""
 
@@ -359,6 +511,16 @@ class ShuttingDown(RetryLater):
 
     def __init__(self) -> None:
         super().__init__("the server is shutting down")
+
+
+class StoreUnavailable(RetryLater):
+    """Who may call, or what is used, cannot be looked up or kept now."""
+
+    status = 503
+    code = "store_unavailable"
+
+    def __init__(self) -> None:
+        super().__init__("the store of accounts cannot be reached now")
 
 
 class TooManyConnections(RetryLater):

@@ -209,6 +209,35 @@ ERRORS: tuple[ApiError, ...] = (
 )
 """One of each kind and code that a client may get with a status of its own."""
 
+ACCOUNT_ERRORS: tuple[ApiError, ...] = (
+    errors.MissingKey(),
+    errors.InvalidKey(),
+    errors.WrongPassword(),
+    errors.Forbidden("only an admin may see and change accounts"),
+    errors.BadCsrf(),
+    errors.ModelForbidden(MODEL_NAME),
+    errors.NotFound("key", "7c1c8f1de5a54f6cb0f3c2a9d4e5b617"),
+    errors.Taken("account", "ada"),
+    errors.RateLimited(
+        "the key may send 60 requests in a minute, and has",
+        retry_after=12,
+        headers={
+            "x-ratelimit-limit-requests": "60",
+            "x-ratelimit-remaining-requests": "0",
+            "x-ratelimit-reset-requests": "12s",
+            "x-ratelimit-limit-tokens": "100000",
+            "x-ratelimit-remaining-tokens": "41017",
+            "x-ratelimit-reset-tokens": "47.2s",
+        },
+    ),
+    errors.QuotaExceeded("the key may use 25.5 dollars in a month, and what is left is not enough"),
+    errors.TooManyFailures(8),
+    errors.LimitsUnavailable(),
+    errors.StoreUnavailable(),
+    errors.InvalidRequest("diasbled is not known here", param="diasbled", code="unknown_parameter"),
+)
+"""The same, where there are accounts."""
+
 PROVIDER_ERRORS: tuple[ApiError, ...] = (
     errors.MissingProviderKey("gpt-4o"),
     errors.UpstreamFailed("the provider's answer ended before it was complete"),

@@ -104,6 +104,21 @@ TRUNKS = Definition(
     "Trunks between this router and the model's replicas that are up.",
 )
 
+STORE_UP = Definition(
+    "trunkline_store_up",
+    "gauge",
+    "1 or 0",
+    (),
+    "Whether the store of accounts takes this router's rows: 1, or 0 while they go to its spool.",
+)
+SPOOLED = Definition(
+    "trunkline_spooled_bytes",
+    "gauge",
+    "bytes",
+    (),
+    "Rows of the ledger that wait in this router's spool for the store.",
+)
+
 ROUTER_METRICS = (
     PROMPT_TOKENS,
     GENERATION_TOKENS,
@@ -117,6 +132,8 @@ ROUTER_METRICS = (
     TRUNKS,
     TRUNK_FRAMES,
     TRUNK_BYTES,
+    STORE_UP,
+    SPOOLED,
 )
 """Every metric of a router beside its process's (`process_*`, ...)."""
 
@@ -127,6 +144,7 @@ class RouterMetrics:
     def __init__(self, registry: CollectorRegistry, clock: Callable[[], float] = time.perf_counter) -> None:
         """`clock` gives the same seconds as every `now` that is passed in."""
         self.clock = clock
+        self._registry = registry
         self.prompt_tokens = CounterFamily(PROMPT_TOKENS, registry)
         self.generation_tokens = CounterFamily(GENERATION_TOKENS, registry)
         self.tokens_per_second = gauge(TOKENS_PER_SECOND, registry)
@@ -147,6 +165,11 @@ class RouterMetrics:
         if model is None:
             model = self._models[name] = ModelMetrics(self, name)
         return model
+
+    def watch_ledger(self, *, up: Callable[[], float], spooled: Callable[[], float]) -> None:
+        """Add the gauges of a ledger. Each function is called at every scrape, possibly from a thread."""
+        gauge(STORE_UP, self._registry).set_function(up)
+        gauge(SPOOLED, self._registry).set_function(spooled)
 
     def refused(self, status: int) -> None:
         """A request was turned away before it was known to name a model."""

@@ -16,6 +16,8 @@ from pydantic.json_schema import GenerateJsonSchema, JsonSchemaMode, models_json
 from pydantic_core import from_json
 
 from router import examples
+from router.accounts import openapi as accounts_api
+from router.accounts.openapi import Bodies, Operation
 from router.answers import (
     ChatCompletion,
     ChatCompletionChunk,
@@ -41,6 +43,9 @@ OF_A_COMPLETION = (*ALWAYS, 404, 413, 415, 429, 504)
 
 OF_A_PROVIDER = (401, 502)
 """Those that it may meet besides where a model lives at a provider, whose own errors have any status."""
+
+OF_A_KEY = (401, 403)
+"""And those where there are accounts."""
 
 # ---- what there is ------------------------------------------------------------------------------------
 
@@ -241,13 +246,17 @@ PARAMETERS: Json = {
 # ---- the document -------------------------------------------------------------------------------------
 
 
-def document(models: Sequence[ModelSettings]) -> Json:
-    """The OpenAPI 3.1 document of a router for these models."""
-    relays = any(isinstance(model, UpstreamModel) for model in models)
-    completions = {
-        path: {"post": _completion(one, _names(models, path), relays=relays)}
-        for path, one in COMPLETIONS.items()
+def document(models: Sequence[ModelSettings], *, accounts: bool = False) -> Json:
+    """The OpenAPI 3.1 document of a router for these models; `accounts` says whether keys are asked for."""
+    has = Parts(any(isinstance(model, UpstreamModel) for model in models), accounts)
+    paths: Json = {
+        path: {"post": _completion(one, _names(models, path), has)} for path, one in COMPLETIONS.items()
     }
+    paths |= {path: {"get": _look(path, one, has)} for path, one in LOOKS.items()}
+    if accounts:
+        for path, method, operation in accounts_api.operations():
+            paths.setdefault(path, {})[method] = _operation(method, operation)
+    tags = _tags(has)
     return {
         "openapi": "3.1.1",
         "info": {
@@ -259,17 +268,44 @@ def document(models: Sequence[ModelSettings]) -> Json:
             "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
         },
         "servers": [{"url": "/", "description": "Where this document came from."}],
-        "security": [{}, {"bearer": []}],
-        "tags": [{"name": name, "description": description} for name, description in TAGS.items()],
-        "paths": completions | {path: {"get": _look(one)} for path, one in LOOKS.items()},
+        "security": accounts_api.TO_CHANGE if accounts else [{}, {"bearer": []}],
+        "tags": [{"name": name, "description": description} for name, description in tags.items()],
+        "paths": paths,
         "components": {
-            "schemas": _schemas(models),
-            "responses": dict(_error_responses(relays=relays)),
-            "headers": HEADERS | (RELAYED_HEADERS if relays else {}),
-            "parameters": PARAMETERS,
-            "securitySchemes": {"bearer": BEARER},
+            "schemas": _schemas(models, has),
+            "responses": dict(_error_responses(has)),
+            "headers": has.headers,
+            "parameters": PARAMETERS | (accounts_api.PARAMETERS if accounts else {}),
+            "securitySchemes": accounts_api.SECURITY if accounts else {"bearer": BEARER},
         },
     }
+
+
+class Parts(NamedTuple):
+    """What a deployment has, and another may do without."""
+
+    providers: bool
+    accounts: bool
+
+    @property
+    def headers(self) -> Json:
+        """Every header of answers."""
+        found = HEADERS | (RELAYED_HEADERS if self.providers else {})
+        return found | accounts_api.HEADERS | accounts_api.RATE_HEADERS if self.accounts else found
+
+    @property
+    def errors(self) -> tuple[ApiError, ...]:
+        """One error of each kind."""
+        shown = examples.ERRORS + (examples.PROVIDER_ERRORS if self.providers else ())
+        return shown + (examples.ACCOUNT_ERRORS if self.accounts else ())
+
+
+def _tags(has: Parts) -> dict[str, str]:
+    if not has.accounts:
+        return TAGS
+    last = "Operation"
+    before = {name: description for name, description in TAGS.items() if name != last}
+    return before | accounts_api.TAGS | {last: TAGS[last]}
 
 
 def _names(models: Iterable[ModelSettings], path: str) -> list[str]:
@@ -278,10 +314,15 @@ def _names(models: Iterable[ModelSettings], path: str) -> list[str]:
     return [name for model in answering for name in (model.name, *model.aliases)]
 
 
-def _completion(one: Completion, names: Sequence[str], *, relays: bool) -> Json:
+def _completion(one: Completion, names: Sequence[str], has: Parts) -> Json:
     refused = _refused(OF_A_COMPLETION)
-    if relays:
+    if has.accounts:
+        refused |= _refused(OF_A_KEY)
+    if has.providers:
         refused |= _refused(OF_A_PROVIDER) | {"default": _ref("responses", "ProviderError")}
+    answered = _answered(one)
+    if has.accounts:
+        answered["headers"] |= {name: _ref("headers", name) for name in accounts_api.RATE_HEADERS}
     return {
         "operationId": one.identifier,
         "tags": ["Completions"],
@@ -289,18 +330,20 @@ def _completion(one: Completion, names: Sequence[str], *, relays: bool) -> Json:
         "description": one.description,
         "parameters": _parameters("x-openai-api-key"),
         "requestBody": _body(one, names),
-        "responses": {"200": _answered(one), **dict(sorted(refused.items()))},
+        "responses": {"200": answered, **dict(sorted(refused.items()))},
     }
 
 
 def _body(one: Completion, names: Sequence[str]) -> Json:
     """A request's body, its examples asking for the first model that there is."""
     model = {"model": names[0] if names else examples.MODEL_NAME}
-    shown = {
-        name: {"summary": summary, "value": model | request}
-        for name, (summary, request) in one.requests.items()
-    }
-    content = {"schema": _ref("schemas", one.request.__name__), "examples": shown}
+    requests = {name: (summary, model | request) for name, (summary, request) in one.requests.items()}
+    return _json_body(one.request, requests)
+
+
+def _json_body(kind: type[BaseModel], requests: Bodies) -> Json:
+    shown = {name: {"summary": summary, "value": body} for name, (summary, body) in requests.items()}
+    content = {"schema": _ref("schemas", kind.__name__), "examples": shown}
     return {"required": True, "content": {"application/json": content}}
 
 
@@ -328,12 +371,12 @@ def _event(chunk: str) -> Json:
     return {"type": "object", "required": ["data"], "properties": {"data": data}}
 
 
-def _look(one: Look) -> Json:
+def _look(path: str, one: Look, has: Parts) -> Json:
     responses = {"200": _response("What was asked for.", _content(one.answer, one.example))}
     responses |= _refused(one.statuses)
     if one.ending is not None:
         responses["503"] = _response("The router is shutting down.", _content(one.answer, one.ending))
-    return {
+    look: Json = {
         "operationId": one.identifier,
         "tags": [one.tag],
         "summary": one.summary,
@@ -341,6 +384,51 @@ def _look(one: Look) -> Json:
         "parameters": _parameters(*one.parameters),
         "responses": responses,
     }
+    if has.accounts:
+        guarded = path.startswith("/v1/")
+        look["security"] = accounts_api.TO_LOOK if guarded else accounts_api.OPEN
+        responses |= _refused((401,)) if guarded else {}
+    return look
+
+
+def _operation(method: str, one: Operation) -> Json:
+    content = {
+        media: {
+            "schema": {"type": "string"} if form.answer is None else _ref("schemas", form.answer.__name__),
+            "example": form.example,
+        }
+        for media, form in one.forms.items()
+    }
+    drawn: Json = {
+        "operationId": one.identifier,
+        "tags": [one.tag],
+        "summary": one.summary,
+        "description": one.description,
+        "security": accounts_api.TO_LOOK if method == "get" else accounts_api.TO_CHANGE,
+        "parameters": [*_query(one.query), *_parameters(*one.parameters)],
+    }
+    if one.body is not None:
+        drawn["requestBody"] = _json_body(one.body, one.bodies)
+    refused = _refused({*ALWAYS, *accounts_api.OF_ANY, *one.refused})
+    return drawn | {"responses": {str(one.status): _response("What was asked for.", content), **refused}}
+
+
+def _query(kind: type[BaseModel] | None) -> Iterator[Json]:
+    """The parameters behind the question mark. None of them has to be given, and null cannot be."""
+    if kind is None:
+        return
+    for name, field in kind.model_json_schema(schema_generator=_Schemas)["properties"].items():
+        description, example = field.pop("description"), field.pop("examples")[0]
+        if not field.get("default"):
+            field.pop("default", None)
+        schema = next(one for one in field.get("anyOf", [field]) if one.get("type") != "null")
+        yield {
+            "name": name,
+            "in": "query",
+            "description": description,
+            "schema": schema,
+            "example": example,
+        }
 
 
 def _content(answer: Any, example: Any) -> Json:
@@ -368,18 +456,22 @@ def _refused(statuses: Iterable[int]) -> Json:
     return {str(status): _ref("responses", f"Error{status}") for status in sorted(statuses)}
 
 
-def _error_responses(*, relays: bool) -> Iterator[tuple[str, Json]]:
-    """For each status a response that shows every error which has it; with those of providers where they are
-    relayed."""
-    shown = examples.ERRORS + (examples.PROVIDER_ERRORS if relays else ())
+def _error_responses(has: Parts) -> Iterator[tuple[str, Json]]:
+    """For each status a response that shows every error which has it."""
     by_status = attrgetter("status")
-    for status, group in groupby(sorted(shown, key=by_status), by_status):
+    for status, group in groupby(sorted(has.errors, key=by_status), by_status):
         same = list(group)
         response = _error_response(f"{status} {HTTPStatus(status).phrase}", same)
-        response["headers"] |= {name: _ref("headers", name) for name in same[0].headers}
+        for name in sorted({name for error in same for name in error.headers}):
+            always = all(name in error.headers for error in same)
+            response["headers"][name] = _ref("headers", name) if always else _optional(has.headers[name])
         yield f"Error{status}", response
-    if relays:
+    if has.providers:
         yield "ProviderError", _error_response("What the provider said.", [examples.PROVIDER_ERROR])
+
+
+def _optional(header: Json) -> Json:
+    return {name: value for name, value in header.items() if name != "required"}
 
 
 def _error_response(description: str, errors: Iterable[ApiError]) -> Json:
@@ -415,11 +507,13 @@ class _Schemas(GenerateJsonSchema):
         return drawn | {"additionalProperties": False} if "patternProperties" in drawn else drawn
 
 
-def _schemas(models: Sequence[ModelSettings]) -> Json:
+def _schemas(models: Sequence[ModelSettings], has: Parts) -> Json:
     modes: list[tuple[type[BaseModel], JsonSchemaMode]] = [(ErrorEnvelope, "serialization")]
     for one in COMPLETIONS.values():
         modes += [(one.request, "validation"), (one.answer, "serialization"), (one.chunk, "serialization")]
     modes += [(model, "serialization") for model in (ModelList, Model, Health)]
+    if has.accounts:
+        modes += _account_modes()
     template = "#/components/schemas/{model}"
     _, drawn = models_json_schema(modes, ref_template=template, schema_generator=_Schemas)
     schemas: Json = drawn["$defs"]
@@ -429,6 +523,15 @@ def _schemas(models: Sequence[ModelSettings]) -> Json:
         _put_penalty(properties, models)
     _put_lengths(schemas["ChatRequest"]["properties"], models)
     return schemas
+
+
+def _account_modes() -> Iterator[tuple[type[BaseModel], JsonSchemaMode]]:
+    for _, _, operation in accounts_api.operations():
+        if operation.body is not None:
+            yield operation.body, "validation"
+        for form in operation.forms.values():
+            if form.answer is not None:
+                yield form.answer, "serialization"
 
 
 def _put_names(properties: Json, names: Sequence[str]) -> None:

@@ -11,6 +11,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, SecretStr, field_validator
 
+from router.accounts.settings import AccountsSettings, Price
+from router.accounts.settings import Limits as SharedLimits
 from serving.messages import MAX_FRAME
 from serving.settings import Settings, TrunkSettings
 
@@ -27,6 +29,9 @@ class Listen(Settings):
     """The socket that clients connect to."""
 
     host: str = Field("127.0.0.1", description="Address or host name to listen on; loopback unless changed.")
+    metrics_token: SecretStr | None = Field(
+        None, description="What GET /metrics asks for as a Bearer; open to all without one."
+    )
     port: int = Field(8000, ge=1, le=65_535, description="TCP port, shared by all routers of a node.")
 
     @field_validator("host")
@@ -147,6 +152,8 @@ class ModelSettings(AnswerSettings):
         (), description="Further names; each has an entry of its own in the list."
     )
     card: ModelCard = ModelCard()
+    price: Price = Price()
+    shared_limits: SharedLimits = SharedLimits()
     limits: ModelLimits = ModelLimits()
     timeouts: ModelTimeouts = ModelTimeouts()
 
@@ -174,6 +181,7 @@ class RouterSettings(Settings):
     listen: Listen = Listen()
     drain_s: float = Field(30.0, ge=0, description="Seconds that answers may take to end at a shut-down.")
     models: tuple[HostedModel | UpstreamModel, ...] = ()
+    accounts: AccountsSettings = AccountsSettings(enabled=False)
     limits: Limits = Limits()
     timeouts: Timeouts = Timeouts()
     trunk: TrunkSettings = TrunkSettings()

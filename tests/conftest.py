@@ -8,6 +8,8 @@ import hypothesis
 import pytest
 import uvloop
 
+pytest_plugins = ["tests.redis_server", "tests.stores"]
+
 # How long an example takes says nothing on a busy machine, and a run of CI finds what the one before found.
 hypothesis.settings.register_profile(
     "trunkline",

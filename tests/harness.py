@@ -18,6 +18,8 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 from uvicorn.server import ServerState
 
+from router.accounts.accounts import Accounts
+from router.accounts.settings import AccountsSettings
 from router.app import Application
 from router.catalog import Model
 from router.http import uvicorn_server
@@ -86,6 +88,8 @@ class HandEngine:
         self.rendering.set()
         self.parser: Callable[[], Parser] | None = None
         """What reads its chats."""
+        self.decoder: Callable[[], Callable[[int], str]] | None = None
+        """What tells of their tokens what they say."""
         self._dead: asyncio.Future[EngineDead] | None = None
 
     async def start(self) -> None:
@@ -95,7 +99,7 @@ class HandEngine:
         await self.rendering.wait()
         if isinstance(request, Chat):
             words = " ".join(message.content or "" for message in request.messages).split()
-            return [Prompt(len(words), None, parser=self.parser)]
+            return [Prompt(len(words), None, parser=self.parser, decoder=self.decoder)]
         texts = map(str, request.prompts)
         return [Prompt(len(text.split()), None, text if request.echo else None) for text in texts]
 
@@ -385,11 +389,12 @@ async def deployed(
     limits: Limits | None = None,
     timeouts: Timeouts | None = None,
     send_buffer: int | None = None,
+    accounts: Accounts | None = None,
 ) -> AsyncIterator[Deployment]:
     """A running deployment, every replica of it reached by the router. When the test is over nothing may be
     left of any request.
 
-    `send_buffer`: bytes that the kernel holds for a client.
+    `send_buffer`: bytes that the kernel holds for a client. Without `accounts` anyone may ask.
     """
     registry = CollectorRegistry()
     limits, timeouts = limits or Limits(), timeouts or Timeouts()
@@ -403,11 +408,13 @@ async def deployed(
             trunk=trunk,
             limits=limits,
             timeouts=timeouts,
+            accounts=accounts.settings if accounts is not None else AccountsSettings(enabled=False),
         ),
         identity="router-0",
         secret=SECRET,
         registry=registry,
         scrape=scrape,
+        accounts=accounts,
     )
     replicas = {
         model.settings.name: [

@@ -61,17 +61,18 @@ class Wire:
         await asyncio.get_running_loop().sock_connect(sock, ("127.0.0.1", port))
         return cls(*await asyncio.open_connection(sock=sock, limit=2**14))
 
-    def post(self, body: dict[str, Any]) -> None:
-        """Send a chat completion request."""
+    def post(self, body: dict[str, Any], **headers: str) -> None:
+        """Send a chat completion request; `x_request_id` is the header x-request-id."""
         content = json.dumps(body).encode()
-        self.post_head(len(content))
+        self.post_head(len(content), **headers)
         self.send(content)
 
-    def post_head(self, length: int, content_type: str = "application/json") -> None:
+    def post_head(self, length: int, content_type: str = "application/json", **headers: str) -> None:
         """Send the head of a chat completion request whose body has so many bytes."""
+        lines = "".join(f"{name.replace('_', '-')}: {value}\r\n" for name, value in headers.items())
         self.send(
-            b"POST /v1/chat/completions HTTP/1.1\r\nhost: test\r\ncontent-type: %b\r\n"
-            b"content-length: %d\r\n\r\n" % (content_type.encode(), length)
+            b"POST /v1/chat/completions HTTP/1.1\r\nhost: test\r\ncontent-type: %b\r\n%b"
+            b"content-length: %d\r\n\r\n" % (content_type.encode(), lines.encode(), length)
         )
 
     def send(self, data: bytes) -> None:

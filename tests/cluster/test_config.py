@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import tempfile
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,9 @@ NAME = (
 )
 
 
+PRICE = "expected dollars for a million tokens, from 0 to 1000000 and with up to 3 decimals"
+
+
 def simulated(**fields: object) -> str:
     """A file with one model on vLLM whose accelerator is simulated."""
     return vllm(**{"accelerator": "simulated", "simulation": {"step_ms": 5}} | fields)
@@ -114,11 +118,11 @@ REFUSED = {
     "no models": ("routers: 1", "models: required, and not given"),
     "an empty list of models": ("models: []", "models: expected at least one model, got an empty list"),
     "a misspelt key": (f"lisen: {{}}\n{ECHO}", "lisen: unknown key; did you mean listen?"),
-    "an unknown key": (f"listen: {{qqq: 1}}\n{ECHO}", "listen.qqq: unknown key; known ones are host, port"),
+    "an unknown key": (f"listen: {{qqq: 1}}\n{ECHO}", "listen.qqq: unknown key; known ones are host, "),
     "a misspelt key of a model": (model(replica=2), "models[0].replica: unknown key; did you mean replicas?"),
     "a key with a line break": (
         f'"a\\nb": 1\n{ECHO}',
-        "a\\nb: unknown key; known ones are default_max_tokens, limits, ",
+        "a\\nb: unknown key; known ones are accounts, default_max_tokens, ",
     ),
     "a router's limit on a model": (
         model(limits={"body_bytes": 5000}),
@@ -335,6 +339,119 @@ REFUSED = {
         upstream({}, accelerator="simulated"),
         "models[0].accelerator: means nothing for a model that a provider serves; leave it out",
     ),
+    # Prices and limits.
+    "a price of 4 decimals": (
+        model(price={"prompt": 0.0001}),
+        f"models[0].price.prompt: {PRICE}, got 0.0001",
+    ),
+    "a price below nothing": (
+        model(price={"completion": -1}),
+        f"models[0].price.completion: {PRICE}, got -1",
+    ),
+    "a price in words": (
+        model(price={"prompt": "free"}),
+        f'models[0].price.prompt: {PRICE}, got the text "free"',
+    ),
+    "a price that is no number": (
+        model(price={"prompt": float("nan")}),
+        f"models[0].price.prompt: {PRICE}, got nan",
+    ),
+    "an endless price": (model(price={"prompt": float("inf")}), f"models[0].price.prompt: {PRICE}, got inf"),
+    "a price beyond reason": (
+        model(price={"prompt": 1_000_001}),
+        f"models[0].price.prompt: {PRICE}, got 1000001",
+    ),
+    "a price of very many digits": (
+        f"models: [{{name: m, engine: echo, price: {{prompt: 0x{'f' * 9000}}}}}]",
+        f"models[0].price.prompt: {PRICE}, got a number of more than 38 digits",
+    ),
+    "a price that is true": (
+        model(price={"prompt": True}),
+        f"models[0].price.prompt: {PRICE}, got the boolean true",
+    ),
+    "a price without saying of what": (model(price=1), "models[0].price: expected keys with values, got 1"),
+    "a misspelt price": (
+        model(price={"promt": 1}),
+        "models[0].price.promt: unknown key; did you mean prompt?",
+    ),
+    "no requests a minute": (
+        model(shared_limits={"requests_per_minute": 0}),
+        "models[0].shared_limits.requests_per_minute: expected at least 1, got 0",
+    ),
+    "half a token a minute": (
+        model(shared_limits={"tokens_per_minute": 0.5}),
+        "models[0].shared_limits.tokens_per_minute: expected a whole number, got 0.5",
+    ),
+    "dollars in words": (
+        model(shared_limits={"dollars_per_month": "ten"}),
+        "models[0].shared_limits.dollars_per_month: expected dollars from 0 to 1000000 with up to 9 decimals",
+    ),
+    "an unknown limit": (
+        model(shared_limits={"requests_per_second": 1}),
+        "models[0].shared_limits.requests_per_second: unknown key; did you mean requests_per_minute?",
+    ),
+    # Accounts.
+    "an unknown key of accounts": (
+        f"accounts: {{stores: x}}\n{ECHO}",
+        "accounts.stores: unknown key; did you mean store?",
+    ),
+    "accounts that are a text": (
+        f"accounts: none\n{ECHO}",
+        'accounts: expected keys with values, got the text "none"',
+    ),
+    "accounts that are neither on nor off": (
+        f"accounts: {{enabled: 'off'}}\n{ECHO}",
+        'accounts.enabled: expected true or false, got the text "off"',
+    ),
+    "no accounts where everybody can reach us": (
+        f"accounts: {{enabled: false}}\nlisten: {{host: 0.0.0.0}}\n{ECHO}",
+        "accounts.enabled: false lets anybody use the models, which is for a loopback address alone; ",
+    ),
+    "a store of another kind": (
+        f"accounts: {{store: 'mysql://u:{KEY}@h/db'}}\n{ECHO}",
+        "accounts.store: expected sqlite:///path or postgresql://user:password@host/database",
+    ),
+    "a store without its database": (
+        f"accounts: {{store: 'postgresql://u:{KEY}@h'}}\n{ECHO}",
+        "accounts.store: cannot be used: it names no database",
+    ),
+    "a store whose password is where its port should be": (
+        f"accounts: {{store: 'postgresql://u:{KEY}@h:{KEY}/db'}}\n{ECHO}",
+        "accounts.store: cannot be used: it is not a URL",
+    ),
+    "a store in memory": (
+        f"accounts: {{store: 'sqlite:///:memory:'}}\n{ECHO}",
+        "accounts.store: cannot be used: it names no database",
+    ),
+    "a store that is a number": (f"accounts: {{store: 5}}\n{ECHO}", "accounts.store: expected text, got 5"),
+    "a Redis of another kind": (
+        f"accounts: {{redis: 'memcached://:{KEY}@h'}}\n{ECHO}",
+        "accounts.redis: expected redis://host:port/database",
+    ),
+    "a file for several routers": (
+        f"routers: 2\naccounts: {{redis: 'redis://:{KEY}@h'}}\n{ECHO}",
+        "accounts.store: a store in a file is for one router, and routers is 2; expected postgresql://user:",
+    ),
+    "several routers without Redis": (
+        f"routers: 3\naccounts: {{store: 'postgresql://u:{KEY}@h/db'}}\n{ECHO}",
+        "accounts.redis: 3 routers count limits together in Redis; expected redis://host:port/database",
+    ),
+    "a wrong choice for when the store is down": (
+        f"accounts: {{when_store_is_down: panic}}\n{ECHO}",
+        "accounts.when_store_is_down: expected 'refuse' or 'serve', got the text \"panic\"",
+    ),
+    "a proxy that is no network": (
+        f"accounts: {{trusted_proxies: [10.0.0.0/8, 10.0.0.1/8]}}\n{ECHO}",
+        "accounts.trusted_proxies[1]: expected an IP address or a network such as 10.0.0.0/8, got the text",
+    ),
+    "an origin for everybody": (
+        f"accounts: {{cors_origins: ['*']}}\n{ECHO}",
+        "accounts.cors_origins[0]: expected an origin such as https://chat.example.org, ",
+    ),
+    "a spool without room": (
+        f"accounts: {{spool_bytes: 1}}\n{ECHO}",
+        "accounts.spool_bytes: expected at least 65536, got 1",
+    ),
     # Providers.
     "an engine and a provider": (
         upstream({}, engine="echo"),
@@ -541,6 +658,41 @@ def test_addresses_of_providers(tmp_path: Path, url: str) -> None:
     [model] = loaded(tmp_path, upstream({"base_url": url})).router_settings.models
     assert isinstance(model, UpstreamModel)
     assert model.base_url == url
+
+
+def test_a_price_is_what_the_file_says(tmp_path: Path) -> None:
+    """Prices are taken to the last digit as they are written, be it as a number or as a text, and are zero
+    unless they are given."""
+    text = """
+        models:
+          - name: a
+            engine: echo
+            price: {prompt: 0.1, completion: "2.375"}
+            shared_limits: {tokens_per_minute: 9}
+          - {name: b, engine: echo, price: {prompt: 3}}
+    """
+    a, b = loaded(tmp_path, text).router_settings.models
+    assert (a.price.prompt, a.price.completion) == (Decimal("0.1"), Decimal("2.375"))
+    assert (b.price.prompt, b.price.completion) == (Decimal(3), Decimal(0))
+    # In nano-dollars, of which no part is lost.
+    assert a.price.of(3, 7) == 3 * 100 + 7 * 2375
+    assert a.shared_limits.tokens_per_minute == 9
+    assert b.shared_limits.tokens_per_minute is None
+
+
+def test_secrets_of_accounts_are_shown_nowhere(tmp_path: Path) -> None:
+    """Passwords in the URLs of store and Redis are in no form of the settings that is made to be read."""
+    text = f"""
+        routers: 2
+        accounts: {{store: 'postgresql://u:{KEY}@h/db', redis: 'rediss://:{KEY}@h/0'}}
+        {ECHO}
+    """
+    config = loaded(tmp_path, text)
+    settings = config.router_settings
+    assert (
+        KEY not in f"{config!r}{config}{settings!r}{settings}{settings.model_dump_json()}{describe(config)}"
+    )
+    assert settings.accounts.url == f"postgresql://u:{KEY}@h/db"
 
 
 def test_nothing_can_be_changed_once_it_is_read(tmp_path: Path) -> None:

@@ -39,19 +39,28 @@ OPEN_FILES = 1024
 class Server:
     """One run of `trunkline serve`, on a free port, from its start to its end."""
 
-    def __init__(self, config: Mapping[str, Any], folder: Path) -> None:
-        """`folder` takes the configuration and the logs."""
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        folder: Path,
+        environment: Mapping[str, str] | None = None,
+        port: int | None = None,
+    ) -> None:
+        """`folder` takes the configuration, the logs and a store. Where the configuration says nothing of
+        accounts there are none; `environment` is what this process's is changed by. `port`: a free one."""
         self.log_dir = folder / "logs"
-        self.port = free_port()
+        self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.said = ""
         """What it has written to the terminal."""
         self._heard = Condition()
         path = folder / "config.yaml"
-        path.write_text(yaml.safe_dump({**config, "log_dir": str(self.log_dir)}))
+        whole = {"accounts": {"enabled": False}, **config, "log_dir": str(self.log_dir)}
+        path.write_text(yaml.safe_dump(whole))
         self._process = subprocess.Popen(
             [TRUNKLINE, "serve", path, "--port", str(self.port)],
             cwd=folder,
+            env={**os.environ, "TRUNKLINE_DATA": str(folder / "data"), **(environment or {})},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -201,9 +210,14 @@ class Metrics:
 
 
 @contextmanager
-def serving(config: Mapping[str, Any], folder: Path) -> Iterator[Server]:
+def serving(
+    config: Mapping[str, Any],
+    folder: Path,
+    environment: Mapping[str, str] | None = None,
+    port: int | None = None,
+) -> Iterator[Server]:
     """A server that is ready in the block and ends by Ctrl-C after it, if it has not ended before."""
-    server = Server(config, folder)
+    server = Server(config, folder, environment, port)
     try:
         server.wait_ready()
         yield server

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from base64 import b64encode
 from collections.abc import AsyncIterator
 from hashlib import sha256
 from html.parser import HTMLParser
+from typing import Any
 from urllib.parse import urljoin
 
 import httpx
 import pytest_asyncio
 
+from router.docs import Documentation
+from router.settings import HostedModel
 from tests.harness import Deployment, deployed, echo_engine, served
 
 LINKS = {"href", "src", "srcset", "action", "data", "poster", "formaction", "manifest"}
@@ -101,8 +105,26 @@ async def test_the_page_has_all_that_the_document_has(
 ) -> None:
     """Every path, parameter, description and error of the document can be read on it."""
     page = Page(response.text)
+    has_all_of(page, (await deployment.http.get("/openapi.json")).json())
+    assert "<script>alert(1)</script>" in page.text["code"]
+
+
+async def test_the_page_has_the_accounts_too() -> None:
+    """Where there are accounts, so can every path, parameter and field of theirs."""
+    documentation = Documentation([HostedModel(name="echo", application="echo")], accounts=True)
+    page = Page((await documentation.page()).decode())
+    document = json.loads(await documentation.openapi())
+    assert len(page.ids) == len(set(page.ids))
+    has_all_of(page, document)
+    assert all(tag["name"] in page.text["h2"] for tag in document["tags"])
+    for name in ("NewKey", "KeyChange", "NewAccount", "LoggedRequest", "UsageSum"):
+        for field in document["components"]["schemas"][name]["properties"]:
+            assert field in page.text["code"]
+
+
+def has_all_of(page: Page, document: dict[str, Any]) -> None:
+    """Fails if a document has something that cannot be read on a page."""
     text = " ".join(" ".join(page.text.values()).split())
-    document = (await deployment.http.get("/openapi.json")).json()
     for path, methods in document["paths"].items():
         for operation in methods.values():
             assert path in page.text["code"]
@@ -115,4 +137,3 @@ async def test_the_page_has_all_that_the_document_has(
         assert response_name in page.ids
         for example in of_status["content"]["application/json"]["examples"].values():
             assert example["summary"] in text
-    assert "<script>alert(1)</script>" in text

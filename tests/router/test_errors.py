@@ -20,6 +20,13 @@ EVERY_ERROR: list[tuple[ApiError, int, str, str]] = [
     (errors.WrongEndpoint("m", "is_text"), 400, "invalid_request_error", "wrong_endpoint"),
     (errors.MalformedRequest(), 400, "invalid_request_error", "malformed_request"),
     (errors.MissingProviderKey("m"), 401, "invalid_request_error", "missing_provider_key"),
+    (errors.MissingKey(), 401, "invalid_request_error", "missing_api_key"),
+    (errors.InvalidKey(), 401, "invalid_request_error", "invalid_api_key"),
+    (errors.WrongPassword(), 401, "invalid_request_error", "wrong_password"),
+    (errors.Forbidden("an admin may"), 403, "invalid_request_error", "forbidden"),
+    (errors.BadCsrf(), 403, "invalid_request_error", "bad_csrf_token"),
+    (errors.ModelForbidden("m"), 403, "invalid_request_error", "model_forbidden"),
+    (errors.NotFound("key", "ab12"), 404, "invalid_request_error", "not_found"),
     (errors.ModelNotFound("gpt-9"), 404, "invalid_request_error", "model_not_found"),
     (errors.UnknownPath("/v1/embeddings"), 404, "invalid_request_error", "unknown_url"),
     (
@@ -29,17 +36,23 @@ EVERY_ERROR: list[tuple[ApiError, int, str, str]] = [
         "method_not_allowed",
     ),
     (errors.RequestTimeout(30.0), 408, "invalid_request_error", "request_timeout"),
+    (errors.Taken("account", "ada"), 409, "invalid_request_error", "taken"),
     (errors.BodyTooLarge(1024), 413, "invalid_request_error", "body_too_large"),
     (errors.UnsupportedMediaType("text/plain"), 415, "invalid_request_error", "unsupported_media_type"),
+    (errors.QuotaExceeded("it is spent"), 429, "rate_limit_error", "insufficient_quota"),
+    (errors.RateLimited("too many", retry_after=3.2), 429, "rate_limit_error", "rate_limit_exceeded"),
     (errors.HeadersTooLarge(1024), 431, "invalid_request_error", "headers_too_large"),
     (errors.Overloaded("m", retry_after=3.2), 429, "rate_limit_error", "overloaded"),
+    (errors.TooManyFailures(8.0), 429, "rate_limit_error", "too_many_failures"),
     (errors.SlowReader(1024), 499, "invalid_request_error", "slow_reader"),
     (errors.InternalError(), 500, "server_error", "internal_error"),
     (errors.UpstreamFailed("it broke off"), 502, "server_error", "upstream_failed"),
     (PROVIDER_ERROR, 402, "of_its_own", "upstream_error"),
+    (errors.LimitsUnavailable(), 503, "server_error", "limits_unavailable"),
     (errors.NoReplica("m"), 503, "server_error", "no_replica"),
     (errors.ReplicaLost(), 503, "server_error", "replica_lost"),
     (errors.ShuttingDown(), 503, "server_error", "shutting_down"),
+    (errors.StoreUnavailable(), 503, "server_error", "store_unavailable"),
     (errors.TooManyConnections(), 503, "server_error", "too_many_connections"),
     (errors.FirstTokenTimeout(300.0), 504, "server_error", "first_token_timeout"),
     (errors.Stalled(60.0), 504, "server_error", "stalled"),
@@ -137,8 +150,12 @@ def test_a_replicas_refusal_reaches_the_client_in_its_words() -> None:
 
 @pytest.mark.parametrize("status", [429, 503])
 def test_a_replica_that_is_busy_says_when_to_retry(status: int) -> None:
-    """A refusal that may pass carries Retry-After as the router's own errors do."""
-    assert from_refusal(Refused(7, status, "not now")).headers == {"retry-after": "1"}
+    """A refusal that may pass carries Retry-After as the router's own errors do: what the replica estimates,
+    within the bounds of any estimate."""
+    for told, seconds in {None: 1, 7: 7, 0.2: 1, 12.5: 13, 10_000: errors.MAX_RETRY_AFTER}.items():
+        refused = Refused(7, status, "not now", retry_after=told)
+        assert from_refusal(refused).headers == {"retry-after": str(seconds)}
+    assert from_refusal(Refused(7, 400, "never", retry_after=5)).headers == {}
 
 
 def test_refusals_do_not_mark_each_other() -> None:

@@ -286,6 +286,7 @@ def test_a_counter_reads_as_prometheus_clients_own(amounts: list[int]) -> None:
 
 def test_a_routers_metrics_are_those_it_declares(router: Router) -> None:
     """Names, kinds, labels and sentences in a router's scrape are the ones in ROUTER_METRICS."""
+    router.metrics.watch_ledger(up=lambda: 1, spooled=lambda: 0)
     model = router.metrics.for_model("m")
     model.watch(in_flight=lambda: 0, waiting=lambda: 0)
     model.watch_trunks(lambda: 0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import copy
 import json
 import re
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
@@ -13,7 +12,6 @@ import httpx
 import pytest
 import pytest_asyncio
 from fastapi.routing import APIRoute
-from jsonschema import Draft202012Validator
 from pydantic import SecretStr
 from starlette.routing import Route
 
@@ -22,6 +20,7 @@ from router.app import build_api
 from router.openapi import document
 from router.settings import HostedModel, ModelLimits, ModelSettings, ModelTimeouts, UpstreamModel
 from tests.harness import Deployment, HandEngine, deployed, echo_engine, request, served
+from tests.router.contract import Contract
 from tests.waiting import until
 
 Json = dict[str, Any]
@@ -40,6 +39,8 @@ NEEDS: dict[str, Callable[[Any], Json]] = {
 """What a parameter must not be without, by its value."""
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+with_accounts = pytest.mark.parametrize("accounts", [False, True], ids=["open", "accounts"])
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -70,70 +71,6 @@ def engine(deployment: Deployment) -> HandEngine:
     return found
 
 
-class Contract:
-    """A document that answers can be held to, more strictly than it has to be read: what it does not name
-    must not be there."""
-
-    def __init__(self, document: Json) -> None:
-        self.document = document
-        self._closed = copy.deepcopy(document)
-        for schema in self._closed["components"]["schemas"].values():
-            if "properties" in schema:
-                schema["additionalProperties"] = False
-
-    def schema(self, name: str) -> Json:
-        """One of the schemas."""
-        schema: Json = self.document["components"]["schemas"][name]
-        return schema
-
-    def body(self, path: str) -> Json:
-        """The schema of a request body."""
-        content = self.document["paths"][path]["post"]["requestBody"]["content"]["application/json"]
-        return self.follow(content["schema"])
-
-    def follow(self, node: Json) -> Json:
-        """What a reference stands for."""
-        if "$ref" not in node:
-            return node
-        found = self.document
-        for step in node["$ref"].removeprefix("#/").split("/"):
-            found = found[step]
-        return found
-
-    def fits(self, value: Any, schema: Json) -> None:
-        """Fails if a value is not what a schema says, or has more."""
-        Draft202012Validator(self._closed | schema).validate(value)
-
-    def holds(self, path: str, response: httpx.Response) -> None:
-        """Fails if a response is none that the document has."""
-        responses = self.document["paths"][path][response.request.method.lower()]["responses"]
-        promised = self.follow(responses[str(response.status_code)])
-        for name, reference in promised["headers"].items():
-            header = self.follow(reference)
-            if header.get("required") or name in response.headers:
-                value = response.headers[name]
-                self.fits(int(value) if header["schema"]["type"] == "integer" else value, header["schema"])
-        media = response.headers["content-type"].partition(";")[0]
-        schema = promised["content"][media]["schema"]
-        if media == "text/event-stream":
-            self.streams(response.text, schema)
-        else:
-            self.fits(response.json() if media == "application/json" else response.text, schema)
-
-    def streams(self, text: str, schema: Json) -> None:
-        """Fails if a stream's events are not what a schema says."""
-        *events, rest = text.split("\n\n")
-        assert not rest
-        data = schema["properties"]["data"]["anyOf"]
-        for event in events:
-            line = event.removeprefix("data: ")
-            assert event != line
-            if line == data[1]["const"]:
-                assert event is events[-1]
-            else:
-                self.fits(json.loads(line), data[0]["contentSchema"])
-
-
 # ---- the document is whole ----------------------------------------------------------------------------
 
 
@@ -143,7 +80,7 @@ async def test_every_route_is_documented(deployment: Deployment, contract: Contr
     async def scrape(_: bool) -> bytes:
         return b""
 
-    api = build_api(deployment.application.catalog, deployment.application.completions, scrape)
+    api = build_api(deployment.application.catalog, deployment.application.completions, scrape, None)
     served_ones = {
         (re.sub(r"{.*?}", "{}", route.path), method)
         for route in api.routes
@@ -183,8 +120,10 @@ def numbers(contract: Contract, schema: Json) -> Iterator[Json]:
         yield from numbers(contract, branch)
 
 
-async def test_every_field_is_described(contract: Contract) -> None:
+@with_accounts
+async def test_every_field_is_described(accounts: bool) -> None:
     """So is each field of everything that is sent and answered."""
+    contract = Contract(document([hosted("a")], accounts=accounts))
     bare = {
         f"{name}.{field}"
         for name, schema in contract.document["components"]["schemas"].items()
@@ -206,7 +145,7 @@ def leaves(kind: type[errors.ApiError]) -> Iterator[type[errors.ApiError]]:
 async def test_every_error_is_documented() -> None:
     """Each kind of error that a client may be refused with stands in the document, in its own words."""
     upstream = UpstreamModel(name="far", base_url="http://127.0.0.1:1/v1", upstream_name="far")
-    whole = Contract(document([upstream])).document
+    whole = document([upstream], accounts=True)
     shown = {
         example["summary"]
         for response in whole["components"]["responses"].values()
@@ -223,8 +162,10 @@ async def test_every_error_is_documented() -> None:
 # ---- and it is true -----------------------------------------------------------------------------------
 
 
-async def test_examples_of_answers_are_such_answers(contract: Contract) -> None:
-    """Each example of an answer, a parameter or an error fits its schema."""
+@with_accounts
+async def test_examples_of_answers_are_such_answers(accounts: bool) -> None:
+    """Each example of an answer, a parameter or an error fits its schema, and so does each of a body."""
+    contract = Contract(document([hosted("a")], accounts=accounts))
     for methods in contract.document["paths"].values():
         for operation in methods.values():
             for reference in operation["responses"].values():
@@ -237,6 +178,9 @@ async def test_examples_of_answers_are_such_answers(contract: Contract) -> None:
                             contract.fits(example, content["schema"])
             for reference in operation["parameters"]:
                 contract.fits(contract.follow(reference)["example"], contract.follow(reference)["schema"])
+            for content in operation.get("requestBody", {}).get("content", {}).values():
+                for example in content["examples"].values():
+                    contract.fits(example["value"], content["schema"])
 
 
 async def test_examples_of_requests_are_answered(deployment: Deployment, contract: Contract) -> None:
@@ -479,3 +423,30 @@ async def test_errors_of_providers_are_documented_where_there_are_providers() ->
     assert {"401", "502", "default"} <= responses.keys()
     assert not {"401", "502", "default"} & without["paths"][CHAT]["post"]["responses"].keys()
     assert "sk-secret" not in json.dumps(with_provider)
+
+
+async def test_a_key_is_asked_for_where_there_are_accounts() -> None:
+    """There whatever is not open to all says how callers show who they are, and that they may be refused;
+    without accounts any key is taken, and none."""
+    closed, free = document([hosted("a")], accounts=True), document([hosted("a")])
+    assert free["security"] == [{}, {"bearer": []}]
+    for path, methods in closed["paths"].items():
+        for method, operation in methods.items():
+            schemes = operation.get("security", closed["security"])
+            named = {name for scheme in schemes for name in scheme}
+            assert named <= closed["components"]["securitySchemes"].keys()
+            guarded = path.startswith(("/v1/", "/api/"))
+            assert bool(schemes) == guarded == ("401" in operation["responses"])
+            # A browser may be made to send its cookie, but not that header.
+            assert ("csrf" in named) == (guarded and method != "get")
+            assert {} not in schemes
+
+
+async def test_what_only_some_errors_carry_is_not_promised() -> None:
+    """A header is required where all errors of a status have it."""
+    closed, free = document([hosted("a")], accounts=True), document([hosted("a")])
+    for whole, always in ((closed, False), (free, True)):
+        header = Contract(whole).follow(
+            whole["components"]["responses"]["Error429"]["headers"]["retry-after"]
+        )
+        assert header.get("required", False) is always

@@ -1,0 +1,39 @@
+"""Everything under /v1 asks who calls; requests for tokens do so themselves."""
+
+from __future__ import annotations
+
+from starlette.datastructures import State
+from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from router.accounts.callers import Caller, Callers
+from router.errors import ApiError
+
+_CALLER = "trunkline.caller"
+
+
+def guarded(app: ASGIApp, callers: Callers) -> ASGIApp:
+    """Let only those reach what `app` has under /v1 who have a key, or are logged in."""
+
+    async def asked(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"].startswith("/v1/"):
+            try:
+                caller = await callers.caller(scope["headers"], scope["method"])
+            except ApiError as error:
+                await refusal(error)(scope, receive, send)
+                return
+            scope.setdefault("state", {})[_CALLER] = caller
+        await app(scope, receive, send)
+
+    return asked
+
+
+def refusal(error: ApiError) -> Response:
+    """The error as a response."""
+    return Response(error.body(), error.status, dict(error.headers), "application/json")
+
+
+def models_of(state: State) -> frozenset[str] | None:
+    """The models that the caller of a request may use, by name; None: all."""
+    caller: Caller | None = getattr(state, _CALLER, None)
+    return None if caller is None or caller.key is None else caller.key.models
