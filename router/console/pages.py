@@ -19,6 +19,7 @@ from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
 from router.accounts.accounts import Accounts
+from router.accounts.answers import key_limits
 from router.accounts.people import LEAST_PASSWORD, LONGEST_PASSWORD
 from router.accounts.schema import INTERRUPTED, OPEN
 from router.accounts.sessions import Session
@@ -229,10 +230,12 @@ class Console:
         return await self._page("models.html", session, "Models", "/models", cards=cards)
 
     async def _keys(self, _: Request, session: Session) -> Response:
-        return await self._page("keys.html", session, "Keys", "/keys", models=self._names())
+        bounds = key_limits(session.account.limits)
+        return await self._page("keys.html", session, "Keys", "/keys", models=self._names(), bounds=bounds)
 
     async def _account(self, _: Request, session: Session) -> Response:
-        return await self._page("account.html", session, "Account", "/account")
+        bounds = key_limits(session.account.limits)
+        return await self._page("account.html", session, "Account", "/account", bounds=bounds)
 
     async def _people(self, _: Request, session: Session) -> Response:
         if session.account.role != "admin":
@@ -240,7 +243,7 @@ class Console:
             return await self._page(
                 "error.html", session, "Not yours", "", status=403, layout="shell.html", message=why
             )
-        return await self._page("people.html", session, "People", "/people")
+        return await self._page("people.html", session, "People", "/people", models=self._names())
 
     async def _asset(self, request: Request) -> Response:
         files = await asyncio.to_thread(lambda: self._assets.files)

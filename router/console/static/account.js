@@ -1,7 +1,8 @@
-// One's own account: the password.
+// One's own account: its limits and the password.
 
 import { api, reason } from "./api.js";
 import { find, say } from "./dom.js";
+import { sayTogether } from "./limits.js";
 
 const form = find("#password-form");
 const problem = find("#password-error");
@@ -30,3 +31,5 @@ form.addEventListener("submit", async (event) => {
   }
   find("button", form).disabled = false;
 });
+
+sayTogether();

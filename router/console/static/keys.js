@@ -3,7 +3,7 @@
 import { api, reason } from "./api.js";
 import { all, copy, dialog, find, make, say } from "./dom.js";
 import { date } from "./format.js";
-import { fillLimits, inWords, modelLimits, readLimits } from "./limits.js";
+import { fillLimits, lines, readLimits, sayTogether, shownLimits } from "./limits.js";
 
 const rows = find("#rows");
 const state = find("#state");
@@ -30,10 +30,7 @@ function button(text, name, act, kind = "") {
   return element;
 }
 
-const lines = (texts) => make("ul", { class: "plain-list" }, ...texts.map((text) => make("li", {}, text)));
-
 function row(key) {
-  const limits = inWords(key.limits);
   const actions = make("div", { class: "row-actions" });
   if (!key.revoked && key.kind !== "console") {
     actions.append(button(admin ? "Change" : "Rename", key.name, () => open(key)), button("Revoke", key.name, () => ask(key)));
@@ -44,7 +41,7 @@ function row(key) {
     make("th", { scope: "row", class: "wide" }, key.name, admin ? make("span", { class: "quiet second" }, key.account) : null),
     cell("Key", key.prefix ? make("code", { class: "nowrap" }, `${key.prefix}…`) : "–"),
     cell("Models", key.models === null ? "every model" : lines(key.models)),
-    cell("Limits", limits.length ? lines(limits) : "none"),
+    cell("Limits", shownLimits(key.limits)),
     make("td", { "data-label": "Created", class: "nowrap" }, date(key.created)),
     key.revoked ? cell("State", badge(key), " ", date(key.revoked)) : cell("State", badge(key)),
     make("td", { class: "wide" }, actions),
@@ -97,30 +94,19 @@ function fillForAdmin(key) {
   for (const radio of all('input[name="which"]', edit)) radio.checked = (radio.value === "some") === (models !== null);
   for (const box of all("#key-models input")) box.checked = models?.includes(box.value) ?? false;
   find("#key-models").hidden = models === null;
-  fillLimits(find("#limits-overall"), key?.limits?.overall);
-  find("#limits-models").replaceChildren(...Object.entries(key?.limits?.models ?? {}).map(([model, limits]) => modelLimits(model, limits)));
+  fillLimits(key?.limits);
 }
 
 for (const radio of all('input[name="which"]', edit)) {
   radio.addEventListener("change", () => (find("#key-models").hidden = radio.value !== "some"));
 }
-find("#limit-model")?.addEventListener("change", (event) => {
-  const model = event.target.value;
-  event.target.value = "";
-  const groups = all("[data-model]", find("#limits-models"));
-  if (!model || groups.some((group) => group.dataset.model === model)) return;
-  const group = modelLimits(model);
-  find("#limits-models").append(group);
-  find("input", group).focus();
-});
 
 function filledIn() {
   const body = { name: find("#key-name").value.trim() };
   if (!admin) return body;
   const some = find('input[name="which"]:checked', edit).value === "some";
   body.models = some ? all("#key-models input:checked").map((box) => box.value) : null;
-  const models = Object.fromEntries(all("[data-model]", find("#limits-models")).map((group) => [group.dataset.model, readLimits(group)]));
-  body.limits = { overall: readLimits(find("#limits-overall")), models };
+  body.limits = readLimits();
   if (!changing) body.account_id = find("#key-account").value;
   return body;
 }
@@ -177,4 +163,5 @@ find("#revoke-form").addEventListener("submit", async (event) => {
   find("#revoke-yes").disabled = false;
 });
 
+sayTogether();
 load();

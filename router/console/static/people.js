@@ -3,6 +3,7 @@
 import { api, reason } from "./api.js";
 import { copy, dialog, find, make, say } from "./dom.js";
 import { date } from "./format.js";
+import { fillLimits, readLimits, shownLimits } from "./limits.js";
 
 const rows = find("#rows");
 const state = find("#state");
@@ -12,7 +13,7 @@ const shown = dialog("shown");
 const disable = dialog("disable");
 let changing = null;
 let disabling = null;
-/** What the form is for: "create", "role" or "password". */
+/** What the form is for: "create", "role", "password" or "limits". */
 let purpose = "create";
 
 function button(text, name, act, disabled = false) {
@@ -23,7 +24,7 @@ function button(text, name, act, disabled = false) {
 
 function row(person) {
   const own = person.id === self;
-  const actions = make("div", { class: "row-actions" });
+  const actions = make("div", { class: "row-actions" }, button("Limits", person.name, () => open("limits", person)));
   if (!own) {
     actions.append(
       button("Change role", person.name, () => open("role", person)),
@@ -36,6 +37,7 @@ function row(person) {
     { class: person.disabled ? "gone" : null, "data-id": person.id },
     make("th", { scope: "row", class: "wide" }, person.name, own ? make("span", { class: "quiet" }, " (you)") : null),
     make("td", { "data-label": "Role" }, person.role),
+    make("td", { "data-label": "Limits" }, shownLimits(person.limits)),
     make("td", { "data-label": "State" }, make("span", { class: person.disabled ? "badge" : "badge good" }, person.disabled ? "disabled" : "enabled")),
     make("td", { "data-label": "Created", class: "nowrap" }, date(person.created)),
     make("td", { class: "wide" }, actions),
@@ -53,13 +55,19 @@ async function load() {
   find("#list").setAttribute("aria-busy", "false");
 }
 
-// ---- creating, another role, another password ----
+// ---- creating, another role, another password, limits ----
 
 const TITLES = {
   create: () => ["Create an account", "Create"],
   role: (person) => [`The role of ${person.name}`, "Save"],
   password: (person) => [`A new password for ${person.name}`, "Set it"],
+  limits: (person) => [`The limits of ${person.name}`, "Save"],
 };
+
+/** The parts of the form that each purpose shows. */
+const PARTS = { create: ["name", "role", "password", "limits"], role: ["role"], password: ["password"], limits: ["limits"] };
+
+const FIRST = { create: "#person-name", role: "#person-role", password: "#person-password", limits: "#limits-overall input" };
 
 function open(what, person = null) {
   purpose = what;
@@ -67,31 +75,29 @@ function open(what, person = null) {
   const [title, save] = TITLES[what](person);
   find("#edit-title").textContent = title;
   find("#edit-save").textContent = save;
-  find("#name-row").hidden = what !== "create";
+  for (const part of PARTS.create) find(`#${part}-row`).hidden = !PARTS[what].includes(part);
   find("#person-name").disabled = what !== "create";
-  find("#role-row").hidden = what === "password";
-  find("#password-row").hidden = what === "role";
   find("#person-password").required = what === "password";
   find("#person-password-hint").textContent =
     what === "create" ? "Left empty, one is made up and shown once" : "It ends every log-in of this account";
   find("#person-name").value = "";
   find("#person-password").value = "";
   find("#person-role").value = person?.role ?? "member";
+  fillLimits(what === "limits" ? person.limits : {});
   say(find("#edit-error"), "", true);
   edit.showModal();
-  find({ create: "#person-name", role: "#person-role", password: "#person-password" }[what]).focus();
+  find(FIRST[what]).focus();
 }
 
 async function save() {
-  const role = find("#person-role").value;
-  const password = find("#person-password").value;
+  const said = { role: find("#person-role").value, password: find("#person-password").value, limits: readLimits() };
   if (purpose === "create") {
     const name = find("#person-name").value.trim();
-    const made = await api("POST", "/api/accounts", { name, role, ...(password ? { password } : {}) });
+    const made = await api("POST", "/api/accounts", { ...said, name, password: said.password || undefined });
     edit.close();
     if (made.password) showSecret(made);
   } else {
-    await api("PATCH", `/api/accounts/${changing.id}`, purpose === "role" ? { role } : { password });
+    await api("PATCH", `/api/accounts/${changing.id}`, { [purpose]: said[purpose] });
     edit.close();
   }
 }

@@ -357,6 +357,43 @@ def test_a_key_gets_models_and_limits(visit: Visit, server: Server) -> None:
     assert key["models"] == [ECHO]
 
 
+def test_an_account_gets_limits(visit: Visit, server: Server) -> None:
+    """An admin says what all keys of an account may use together, when it is made or later, of its own too;
+    the list has it as the API does, and the account's holder is told of it."""
+    admin, member = visit(), visit(logged_in=False)
+    page = admin.page
+    page.goto("/people")
+    page.get_by_role("button", name="Create an account").click()
+    page.get_by_label("Name").fill("grace")
+    page.locator("#limits-overall").get_by_label("Requests per minute").fill("6000")
+    page.get_by_role("button", name="Create", exact=True).click()
+    password = admin.take_down("The password")
+    expect(admin.row("grace")).to_contain_text("6,000 requests/min")
+
+    page.get_by_role("button", name="Limits: grace").click()
+    overall = page.locator("#limits-overall")
+    expect(overall.get_by_label("Requests per minute")).to_have_value("6000")
+    overall.get_by_label("Dollars per month").fill("25.000000001")
+    page.get_by_label("Add limits for one model").select_option(SLOW)
+    page.get_by_label("Add limits for one model").select_option(ECHO)
+    page.get_by_role("group", name=f"Limits for {ECHO}").get_by_label("Tokens per minute").fill("100000")
+    page.get_by_role("button", name="Save").click()
+    words = ("6,000 requests/min", "$25.000000001/month", f"{ECHO}: 100,000 tokens/min")
+    for word in words:
+        expect(admin.row("grace")).to_contain_text(word)
+    (account,) = [one for one in api(server, "/api/accounts") if one["name"] == "grace"]
+    limits = account["limits"]
+    assert isinstance(limits, dict)
+    assert limits["overall"]["dollars_per_month"] == "25.000000001"
+    assert list(limits["models"]) == [ECHO]  # the other's group was left empty
+    expect(page.get_by_role("button", name="Limits: admin")).to_be_visible()
+
+    member.log_in("grace", password)
+    for path in ("/keys", "/account"):
+        member.page.goto(path)
+        expect(member.page.locator("#together")).to_have_text(f"All your keys together: {', '.join(words)}")
+
+
 def test_people_come_and_go(visit: Visit) -> None:
     """An admin makes an account, whose password is shown once; its holder sees what is its own and nothing of
     other people, changes the password, and is out as soon as the account is disabled."""
@@ -435,6 +472,10 @@ def test_every_page_is_open_to_everyone(visit: Visit, width: int, scheme: str) -
     visitor.page.goto("/keys")
     visitor.page.get_by_role("button", name="Create a key").click()
     faults += _looked_at(visitor, f"keys-new-{width}-{scheme}")
+    visitor.page.goto("/people")
+    visitor.page.get_by_role("button", name="Limits: admin").click()
+    visitor.page.get_by_label("Add limits for one model").select_option(ECHO)
+    faults += _looked_at(visitor, f"people-limits-{width}-{scheme}")
     assert faults == []
 
 

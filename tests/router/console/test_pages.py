@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -10,6 +11,7 @@ from urllib.parse import quote
 import httpx
 import pytest
 
+from router.accounts.settings import MONEY_PLACES, Limits
 from router.console.assets import Assets
 from router.console.families import FAMILIES, GENERAL, family
 from router.console.pages import PLACES
@@ -105,6 +107,40 @@ async def test_members_see_nothing_of_other_people(client: httpx.AsyncClient) ->
         page = Page((await client.get(path)).text)
         assert "/people" not in {one.get("href") for one in page.all("a")}
         assert not [one for one in page.all("select") if "account" in (one.get("id") or "")]
+
+
+async def test_each_page_has_the_limits_that_it_is_about(client: httpx.AsyncClient) -> None:
+    """An admin can say what all keys of an account may use together, over all and of each model; its holder
+    is told of it, and cannot say it."""
+    limits = {"overall": {"dollars_per_month": "0.000000001"}, "models": {HOSTILE: {"tokens_per_minute": 5}}}
+    ada = {"name": "ada", "password": "a password of hers", "limits": limits}
+    assert (await client.post("/api/accounts", json=ada, headers=as_admin())).status_code == 201
+    assert (await log_in(client, "ada", "a password of hers")).status_code == 303
+    for path in ("/keys", "/account"):
+        page = Page((await client.get(path)).text)
+        (shown,) = [one["data-limits"] for one in page.all("p") if one.get("id") == "together"]
+        bounds = json.loads(shown or "")
+        assert bounds["overall"]["dollars_per_month"] == "0.000000001"
+        assert bounds["models"][HOSTILE]["tokens_per_minute"] == 5
+        assert not [one for one in page.all("input") if "data-limit" in one]
+    client.cookies.clear()
+    assert (await log_in(client)).status_code == 303
+    for path in ("/keys", "/people"):
+        page = Page((await client.get(path)).text)
+        fields = [one["data-limit"] for one in page.all("input") if "data-limit" in one]
+        assert fields == [*Limits.model_fields] * 2  # of all requests, and of a model
+        assert "limit-model" in {one.get("id") for one in page.all("select")}
+        assert "limits-template" in {one.get("id") for one in page.all("template")}
+
+
+async def test_money_may_be_as_little_as_there_is(admin: httpx.AsyncClient) -> None:
+    """Fields of dollars take as many decimals as the API does."""
+    for path in ("/keys", "/people"):
+        fields = Page((await admin.get(path)).text).all("input")
+        patterns = {one["pattern"] for one in fields if one.get("data-limit") == "dollars_per_month"}
+        (pattern,) = patterns
+        assert re.fullmatch(pattern or "", "25." + "1" * MONEY_PLACES)
+        assert not re.fullmatch(pattern or "", "25." + "1" * (MONEY_PLACES + 1))
 
 
 # ---- what a browser may do --------------------------------------------------------------------------
