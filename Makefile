@@ -19,9 +19,10 @@ requirements := deploy/requirements
 ready := .venv/.ready-$(ACCELERATOR)
 inputs := pyproject.toml deploy/setup.sh $(addprefix $(requirements)/,$(ACCELERATOR).txt model.txt system.txt)
 
-# The quick ones first. Every folder of tests is taken, so that a new one is not forgotten.
+# The quick ones first, two files at a time; what starts whole deployments has the machine for itself. Every
+# folder of tests is taken, so that a new one is not forgotten.
 test_folders := $(filter-out tests/__pycache__/ tests/end_to_end/,$(wildcard tests/*/))
-tests = $(wildcard tests/test_*.py) $(test_folders) $(wildcard tests/end_to_end/)
+quick_tests = -n 2 --dist loadfile $(wildcard tests/test_*.py) $(test_folders)
 
 .PHONY: help serve test test-all lint bench bench-peers bench-accounts pins clean
 
@@ -40,10 +41,11 @@ serve: $(ready) ## Set up, start the models of $(CONFIG), serve until Ctrl-C
 	@exec $(bin)/trunkline serve '$(CONFIG)' $(if $(PORT),--port '$(PORT)')
 
 test: lint ## Set up, then linters, type checker and all tests but the slow ones
-	$(bin)/pytest -m 'not slow' $(tests)
+	$(bin)/pytest -m 'not slow' $(quick_tests)
+	$(bin)/pytest -m 'not slow' tests/end_to_end
 
 test-all: test ## make test, then the slow tests: soaks, many thousand requests
-	$(bin)/pytest -m slow $(tests)
+	$(bin)/pytest -m slow tests
 
 lint: $(ready)-dev ## Set up, then ruff (format, rules) and mypy --strict
 	$(bin)/ruff format --check

@@ -16,7 +16,7 @@ from router.errors import ApiError, BodyTooLarge, RequestTimeout, TotalTimeout, 
 from router.gate import UNKEPT, Entry, Settlement
 from router.headers import Header, header, request_id, user_agent
 from router.http import EXCHANGE, Exchange, header_line
-from router.ids import new_id
+from router.ids import next_id
 from router.metrics import ModelMetrics, Outcome, RequestMetrics, RouterMetrics
 
 LAST_EVENT_S = 1.0
@@ -81,7 +81,7 @@ class Call:
         self, scope: Scope, receive: Receive, metrics: RouterMetrics, origins: Collection[str] = ()
     ) -> None:
         """`origins`: those whose pages may read the answer."""
-        self.key = new_id()
+        self.key = next_id()
         """Ours, unique; the caller's `request_id` may not be."""
         self.headers: list[Header] = scope["headers"]
         self.request_id = request_id(self.headers) or self.key

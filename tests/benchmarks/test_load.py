@@ -514,7 +514,7 @@ async def test_a_result_names_command_machine_workload_and_commit(serve: Serve, 
     assert result["workload"]["model"] == "org/m:1"
     assert (result["completed"], result["failed"], result["total_output_tokens"]) == (6, 0, 72)
     assert result["generator"]["cpu_share"] > 0
-    assert [process["pid"] for process in result["processes"]] == [os.getpid()]
+    assert os.getpid() in [process["pid"] for process in result["processes"]]  # and what it has started
     assert result["server_cpu_us_per_token"] >= 0
     for word in ("TTFT", "ITL", "TPOT", "E2EL", "6 completed and 0 failed", "load generator:", "us/token"):
         assert word in out

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import pytest
 
+from router.accounts.schema import INTERRUPTED
 from tests.end_to_end.accounts import ECHO, PACED
 from tests.end_to_end.accounts.conftest import ENVIRONMENT, two_routers
 from tests.end_to_end.accounts.office import Issued, Office, bearer, is_settled, ledger
@@ -87,7 +88,7 @@ class Crowd:
         def have_come() -> bool:
             return sum(told.status in statuses for told in self.told[begin:]) >= SOME
 
-        await asyncio.to_thread(until, have_come, 60, f"answers of {statuses}")
+        await asyncio.to_thread(until, have_come, 120, f"answers of {statuses}")
 
     def go_home(self) -> None:
         """Ask nothing more."""
@@ -154,6 +155,50 @@ async def test_nothing_is_lost_and_nothing_doubled_while_the_store(
         f"{len(rows)} requests, {dict(outcomes)}; the longest answer took {crowd.longest_s:.1f} s, the store"
         f" was in use {back_s:.1f} s after it was back",
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("deployment", ["serve"], indirect=True)
+async def test_what_waits_for_the_store_outlives_its_router(
+    deployment: Deployment, postgres_server: PostgresCluster, report: Report
+) -> None:
+    """Where all routers are killed while the store is away, the ones that come after bring it what the dead
+    ones had kept: every answer that a client saw whole, once."""
+    server, store, _ = deployment
+    lost = server.log("the store is down")
+    key = Office(server).key("waits")
+    crowd = Crowd(server, key)
+    async with asyncio.TaskGroup() as tasks:
+        for number in range(CLIENTS):
+            tasks.create_task(crowd.client(number))
+        await crowd.answers(200)
+        try:
+            await asyncio.to_thread(postgres_server.stop)
+            await asyncio.to_thread(
+                until, lambda: len(server.log("the store is down")) == len(lost) + 2, 30, "both routers"
+            )
+            await crowd.answers(200)
+            for router in server.routers().values():
+                router.kill()
+            await crowd.answers(0)
+        finally:
+            postgres_server.start()
+        back_at = time.perf_counter()
+        await crowd.answers(200)
+        back_s = time.perf_counter() - back_at
+        crowd.go_home()
+    await asyncio.to_thread(until, lambda: len(server.routers()) == 2, 60, "both routers")
+    await asyncio.to_thread(until, lambda: is_settled(store), 60, "the end of every request")
+
+    rows = {row.request_id: row for row in ledger(store, [key.id])}
+    assert len(rows) == len(ledger(store, [key.id]))
+    for told in crowd.told:
+        if told.complete:
+            assert_kept(rows[told.name], told)
+        elif told.begun:
+            assert rows[told.name].outcome in {INTERRUPTED, "completed"}
+    outcomes = dict(Counter(row.outcome for row in rows.values()))
+    report("all routers killed while the store was away", f"{outcomes}; {back_s:.0f} s until they served")
 
 
 def take_away(server: PostgresCluster, away: str) -> None:
