@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import func, select
+from sqlalchemy import event, func, select
 
 from router.accounts import keys as module
 from router.accounts.keys import (
@@ -275,6 +275,35 @@ async def test_looks_at_once_end_with_the_newest(store: Store) -> None:
             ring.find(secret)
     over = True
     await asyncio.gather(*looking)
+
+
+async def test_a_key_that_is_not_known_is_looked_for(store: Store) -> None:
+    """A key that another router has made just now works at once. Wrong ones, however many come together, make
+    one look or two."""
+    keys, ring, admin = Keys(store), await ring_of(store), await admin_of(store)
+    key, secret = await keys.create(admin.id, "mine")
+    assert await ring.seek(secret) == key
+    looks = 0
+
+    def count(_: object) -> None:
+        nonlocal looks
+        looks += 1
+
+    event.listen(store._people.sync_engine, "begin", count)
+    wrong = await asyncio.gather(*(ring.seek(make()) for _ in range(200)), return_exceptions=True)
+    assert {type(error) for error in wrong} == {InvalidKey}
+    assert 1 <= looks <= 2
+    assert await ring.seek(secret) == key
+    assert looks <= 2
+
+
+async def test_a_key_is_not_looked_for_in_a_store_that_is_away(store: Store) -> None:
+    """What is known works, and what is not is refused, at once."""
+    ring = await ring_of(store)
+    store.is_away = lambda: True
+    assert (await ring.seek(KEY)).account == "admin"
+    with pytest.raises(InvalidKey):
+        await ring.seek(make())
 
 
 async def test_a_revocation_is_in_force_everywhere_within_two_seconds(store_url: str, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import logging
 import socket
 import sqlite3
 import threading
+import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,11 +14,12 @@ import psycopg
 import pytest
 from sqlalchemy import insert, select
 
+from router.accounts import store as module
 from router.accounts.bootstrap import prepare
 from router.accounts.schema import accounts
 from router.accounts.store import BadStore, Duplicate, Store, StoreDown, parse, translated
 from tests.stores import PostgresCluster, postgres_cluster
-from tests.waiting import until
+from tests.waiting import soon, until
 
 SECRET = "s3cret-of-the-store"  # noqa: S105 - nobody's
 
@@ -156,6 +158,34 @@ async def test_a_store_that_comes_back_is_used_again(own_postgres: PostgresClust
     own_postgres.start()
     async with store.begin() as connection:
         assert (await connection.execute(select(accounts.c.name))).scalar_one() == "admin"
+    await store.close()
+
+
+async def test_a_store_that_hangs_is_down(
+    own_postgres: PostgresCluster, monkeypatch: pytest.MonkeyPatch, said: None
+) -> None:
+    """Where PostgreSQL's processes answer nothing, a transaction that needs them fails after a while, and one
+    at once as soon as that is known; when they go on it is used again."""
+    monkeypatch.setattr(module, "ANSWER_S", 0.5)
+    store = Store(own_postgres.url(own_postgres.create_database()))
+    async with store.begin() as connection:
+        await connection.execute(select(1))
+    own_postgres.pause()
+    try:
+        with pytest.raises(StoreDown):
+            async with store.begin() as connection:
+                await soon(connection.execute(select(1)))
+        store.is_away = lambda: True
+        began = time.monotonic()
+        with pytest.raises(StoreDown):
+            async with store.begin():
+                pass
+        assert time.monotonic() - began < 0.1
+    finally:
+        own_postgres.go_on()
+    store.is_away = lambda: False
+    async with store.begin() as connection:
+        assert (await connection.execute(select(1))).scalar_one() == 1
     await store.close()
 
 
