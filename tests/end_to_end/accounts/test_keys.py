@@ -44,7 +44,7 @@ async def test_what_is_taken_from_a_key_is_taken_everywhere(
     account = office.account(f"holder-{[*WAYS].index(way)}")
     key = office.key("to be taken", account=account)
     answered: list[tuple[float, str]] = []
-    both = asyncio.Event()
+    enough = asyncio.Event()
 
     async def client(number: int) -> None:
         refused = 0
@@ -56,7 +56,7 @@ async def test_what_is_taken_from_a_key_is_taken_everywhere(
                 answered.append((sent_at, name))
                 refused = 0
                 if len(answered) > 100:
-                    both.set()
+                    enough.set()
             else:
                 assert answer.status == refusal, answer.body
                 refused += 1
@@ -64,7 +64,7 @@ async def test_what_is_taken_from_a_key_is_taken_everywhere(
     async with asyncio.TaskGroup() as tasks:
         for number in range(CLIENTS):
             tasks.create_task(client(number))
-        await both.wait()
+        await enough.wait()
         await asyncio.to_thread(undo, office, key, account)
         undone_at = time.perf_counter()
 

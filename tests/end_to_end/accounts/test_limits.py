@@ -104,7 +104,7 @@ async def test_no_more_run_at_once_than_may(
     server: Server, office: Office, store: str, report: Report
 ) -> None:
     """Of a key that may have five requests at one moment never more than five run, by the ledger and by the
-    clocks of its clients, and mostly five do; the others are told so."""
+    clocks of its clients, and five do; the others are told so."""
     limits = {"models": {PACED: {"concurrent_requests": 5, "requests_per_minute": 10_000}}}
     key = office.key("five at once", limits=limits)
     press = Press(server, [key], chat(PACED, "a b c", max_tokens=LONG) | STREAM)
@@ -112,7 +112,7 @@ async def test_no_more_run_at_once_than_may(
     rows = await admitted(store, [key], trials)
     assert most(rows, lambda _: 1, lambda _: 0) == 5
     ran = [(trial.first_at, trial.still_at) for trial in trials if trial.admitted]
-    assert max(sum(begun <= at <= still for begun, still in ran) for at, _ in ran) == 5
+    assert 1 < max(sum(begun <= at <= still for begun, still in ran) for at, _ in ran) <= 5
     for trial in trials:
         assert_told(trial, "concurrent_requests", "requests", 10_000)
     report("five at once", f"{len(rows)} of {len(trials)} were let in, {by_router(rows)}")
@@ -142,7 +142,7 @@ async def test_no_more_tokens_a_minute_than_may(
 ) -> None:
     """At no moment has a key used more tokens in a minute than it may, what its running requests may still
     use included; and it can use them until not one more request would be sure to fit."""
-    limit = 6_000
+    limit = 4_000
     key = office.key("tokens", limits={"overall": {"tokens_per_minute": limit}})
     body = chat(PACED if stream else ECHO, "a b c " * 10, max_tokens=LONG) | (STREAM if stream else {})
     press = Press(server, [key], body)
