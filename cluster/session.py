@@ -72,7 +72,6 @@ def serve(config: Config) -> int:
     The environment must have been prepared before this module was imported. Raises SourceError.
     """
     config = config.model_copy(update={"accounts": environment.placed(config.accounts)})
-    key = environment.admin_key()
     say = Narrator()
     interruption = Interruption()
     interruption.listen()
@@ -80,15 +79,14 @@ def serve(config: Config) -> int:
     try:
         app.check_port(config.listen)
         with accounts.prepared(config.accounts) as first:
+            key = introduce(first, say)
             environment.forget_secrets()
-            introduce(first, say)
             put_models_in_place(config, say)
             with app.ray_cluster(config.ray.address, say):
                 interruption.listen()  # again: Ray has put a handler of its own in the place of ours
                 with app.deployed(config, log_dir, say):
                     wait_answering(config)
-                    advice = advise(config, first.key if first else key)
-                    say(f"ready; logs are in {log_dir}\n\n{advice}\n\nCtrl-C ends it.")
+                    say(f"ready; logs are in {log_dir}\n\n{advise(config, key)}\n\nCtrl-C ends it.")
                     interruption.listen()
                     threading.Event().wait()
     except (app.StartFailed, accounts.AccountsUnusable, WeakSecret) as error:
@@ -122,14 +120,19 @@ def wait_answering(config: Config) -> None:
             time.sleep(0.05)
 
 
-def introduce(first: FirstStart | None, say: Narrator) -> None:
-    """Show what has been made for the first admin: it cannot be shown again."""
-    if first is not None:
-        say("the store was empty; these are its first account and key, and are shown this once:")
-        print(
-            f"\n    account   {first.name}\n    password  {first.password}\n    key       {first.key}\n",
-            flush=True,
-        )
+def introduce(first: FirstStart | None, say: Narrator) -> str | None:
+    """Show what has been made for the first admin, as it cannot be shown again; the key, if it was made up.
+
+    What the environment has given is not repeated: this output may be a log.
+    """
+    if first is None:
+        return None
+    password = "that of TRUNKLINE_ADMIN_PASSWORD" if environment.admin_password() else first.password
+    made_up = None if environment.admin_key() else first.key
+    key = made_up or "that of TRUNKLINE_ADMIN_KEY"
+    say("the store was empty; these are its first account and key, and are shown this once:")
+    print(f"\n    account   {first.name}\n    password  {password}\n    key       {key}\n", flush=True)
+    return made_up
 
 
 def advise(config: Config, key: str | None) -> str:

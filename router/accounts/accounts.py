@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from time import monotonic
 
 import structlog
 from sqlalchemy import select
@@ -72,6 +73,10 @@ class Accounts:
         self._says: dict[str, object] = {}
         """What said the limits of each scope, when it was last asked: another object says them once they have
         changed."""
+        self._money_since: dict[str, float] = {}
+        """When each limit of money was first seen, by `monotonic`."""
+        self._stale: set[str] = set()
+        """Scopes of which the ledger knows more than the meter."""
         self._tasks: list[asyncio.Task[None]] = []
 
     @classmethod
@@ -114,7 +119,9 @@ class Accounts:
             began_us=now_us(),
             user_agent=user_agent(headers),
         )
-        return Entry(self.ledger, self._reserve, caller, row, keeps_text=self.settings.record_text)
+        return Entry(
+            self.ledger, self._reserve, self._ended, caller, row, keeps_text=self.settings.record_text
+        )
 
     async def _reserve(
         self,
@@ -134,10 +141,21 @@ class Accounts:
         claims = await self._claims_of(key, model)
         if not claims:
             return None
+        for claim in claims:
+            if claim.scope in self._stale:
+                self._stale.discard(claim.scope)
+                await self.meter.recount(claim.scope)
         with store_needed():  # it may have to be asked what has been spent
             return await self.meter.reserve(
                 identifier, claims, bound(request, body_bytes, context, model.price)
             )
+
+    def _ended(self, key: Key, model: str, since: float) -> None:
+        """A request has been charged. Under limits of money that are younger than it is it held nothing, and
+        what it cost is not counted: the ledger has to be asked again."""
+        for scope in _scopes(key, model) if self._money_since else ():
+            if self._money_since.get(scope, since) > since:
+                self._stale.add(scope)
 
     def client(self, request: HttpRequest) -> str:
         """The address that a request comes from."""
@@ -169,13 +187,21 @@ class Accounts:
             return known[1]
         bounds = tuple(_bounds(key, model))
         for claim, says in bounds:
-            if claim.limits != UNLIMITED and self._says.get(claim.scope, says) is not says:
-                # What was spent while there was no limit, by whichever key, was not counted.
-                await self.meter.recount(claim.scope)
-            self._says[claim.scope] = says
+            if self._says.get(claim.scope) is not says:
+                await self._learn_limits(claim)
+                self._says[claim.scope] = says
         claims = tuple(claim for claim, _ in bounds if claim.limits != UNLIMITED)
         self._claims[key.id, model.name] = (key, claims)
         return claims
+
+    async def _learn_limits(self, claim: Claim) -> None:
+        """The limits of a scope are new here, or have changed."""
+        if claim.limits.dollars_per_month is None:
+            self._money_since.pop(claim.scope, None)
+        else:
+            self._money_since[claim.scope] = monotonic()
+            # What was spent while there was no limit, by whichever key, was not counted.
+            await self.meter.recount(claim.scope)
 
     def _is_gone(self, scope: str) -> bool:
         """Whether nobody can ask for anything under it any more."""
@@ -189,6 +215,14 @@ def _bounds(key: Key, model: ModelSettings) -> Iterator[tuple[Claim, object]]:
         yield Claim(scope, says.overall), says
         yield Claim(f"{scope}/{model.name}", says.models.get(model.name, UNLIMITED)), says
     yield Claim(f"model:{model.name}", model.shared_limits), model.shared_limits
+
+
+def _scopes(key: Key, model: str) -> Iterator[str]:
+    """What a key's requests for a model count for."""
+    for holder in (f"key:{key.id}", f"account:{key.account_id}"):
+        yield holder
+        yield f"{holder}/{model}"
+    yield f"model:{model}"
 
 
 async def _cookies(store: Store) -> bytes:

@@ -55,6 +55,16 @@ class Callers:
             raise InvalidKey
         return key
 
+    async def holder(self, headers: Sequence[Header], method: str) -> Key | None:
+        """The key of whoever asks about models, which needs no store; None where somebody is logged in.
+
+        Raises the same.
+        """
+        if header(headers, b"authorization") is not None:
+            return await self._ring.seek(_bearer(headers))
+        await self._logged_in(headers, harmless=method in HARMLESS)
+        return None
+
     async def caller(self, headers: Sequence[Header], method: str) -> Caller:
         """Who sends any other request. Raises the same."""
         if header(headers, b"authorization") is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from time import monotonic
 
 from router.accounts.keys import Key
 from router.accounts.ledger import Ledger
@@ -17,6 +18,9 @@ from serving.messages import Request
 Reserve = Callable[[Key, str, ModelSettings, Request, int, int | None], Awaitable[Grant | None]]
 """Holds of a key's limits what a request can use at most; None where nothing limits it. Raises ApiError."""
 
+Ended = Callable[[Key, str, float], None]
+"""Told when a request of a key for a model, let in at that moment of `monotonic`, has been charged."""
+
 KEPT_TEXT = 64 * 1024
 """Bytes of what was asked, and of what was answered, that the ledger keeps where it keeps them."""
 
@@ -26,21 +30,32 @@ class Entry:
 
     __slots__ = (
         "_answered",
+        "_ended",
         "_grant",
         "_key",
         "_ledger",
+        "_model",
         "_price",
         "_reserve",
         "_row",
+        "_since",
         "_written",
         "caller",
         "keeps_text",
     )
 
     def __init__(
-        self, ledger: Ledger, reserve: Reserve, key: Key, row: Row, *, keeps_text: bool = False
+        self,
+        ledger: Ledger,
+        reserve: Reserve,
+        ended: Ended,
+        key: Key,
+        row: Row,
+        *,
+        keeps_text: bool = False,
     ) -> None:
         self.caller = key.id
+        self._ended = ended
         self.keeps_text = keeps_text
         self._answered = bytearray()
         self._key = key
@@ -49,6 +64,9 @@ class Entry:
         self._ledger = ledger
         self._reserve = reserve
         self._grant: Grant | None = None
+        self._model = ""
+        self._since = 0.0
+        """For which model the request was let in, and when."""
         self._written: asyncio.Future[None] | None = None
 
     @property
@@ -60,6 +78,7 @@ class Entry:
     ) -> None:
         row = self._row
         row.model, row.stream, self._price = request.model, request.stream, model.price
+        self._model, self._since = model.name, monotonic()
         self._grant = await self._reserve(self._key, row.id, model, request, body_bytes, context)
         # It is on its way to the store while the answer's first bytes are made.
         self._written = self._ledger.put(row)
@@ -90,8 +109,15 @@ class Entry:
         if self._written is None and self._ledger.full:
             return  # it was never let in: of those there may be any number while the store is away
         self._written = self._ledger.put(row)
+        # Not before: who asks the ledger in between what was spent must find it there, or here.
+        self._written.add_done_callback(self._charge)
+
+    def _charge(self, _: object) -> None:
+        row = self._row
         if self._grant is not None:
-            self._grant.settle(end.prompt_tokens + end.completion_tokens, row.price_nano)
+            self._grant.settle(row.prompt_tokens + row.completion_tokens, row.price_nano)
+        if self._model:
+            self._ended(self._key, self._model, self._since)
 
 
 def _text(data: bytes | bytearray) -> str:

@@ -6,10 +6,11 @@ from starlette.datastructures import State
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from router.accounts.callers import Caller, Callers
+from router.accounts.callers import Callers
+from router.accounts.keys import Key
 from router.errors import ApiError
 
-_CALLER = "trunkline.caller"
+_KEY = "trunkline.key"
 
 
 def guarded(app: ASGIApp, callers: Callers) -> ASGIApp:
@@ -18,11 +19,11 @@ def guarded(app: ASGIApp, callers: Callers) -> ASGIApp:
     async def asked(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"].startswith("/v1/"):
             try:
-                caller = await callers.caller(scope["headers"], scope["method"])
+                key = await callers.holder(scope["headers"], scope["method"])
             except ApiError as error:
                 await refusal(error)(scope, receive, send)
                 return
-            scope.setdefault("state", {})[_CALLER] = caller
+            scope.setdefault("state", {})[_KEY] = key
         await app(scope, receive, send)
 
     return asked
@@ -35,5 +36,5 @@ def refusal(error: ApiError) -> Response:
 
 def models_of(state: State) -> frozenset[str] | None:
     """The models that the caller of a request may use, by name; None: all."""
-    caller: Caller | None = getattr(state, _CALLER, None)
-    return None if caller is None or caller.key is None else caller.key.models
+    key: Key | None = getattr(state, _KEY, None)
+    return None if key is None else key.models

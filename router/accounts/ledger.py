@@ -93,6 +93,7 @@ class Ledger:
         """Tell the store of this router, before any row of it."""
         try:
             await self._writer.do(self._router.beat)
+            await self._adopt()  # what was spent is asked of the store: it has to know
         except StoreDown:
             self._lose()
         self._begin(self._live())
@@ -220,6 +221,7 @@ class Ledger:
             try:
                 # It may have been declared dead meanwhile.
                 await self._writer.do(self._router.beat)
+                await self._adopt()
                 await self._replay(self._spool)
             except StoreDown:
                 continue

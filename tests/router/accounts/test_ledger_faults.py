@@ -236,10 +236,15 @@ async def test_the_loop_turns_while_a_long_spool_is_replayed(
     await prepare(sqlite_url)
     seen = set()
     reader = sqlite3.connect(tmp_path / "store.sqlite")
-    async with router_accounts(sqlite_url, tmp_path):
+
+    async def watch() -> None:
         while 300 not in seen:
             seen.add(reader.execute("SELECT count(*) FROM requests").fetchone()[0])
             await asyncio.sleep(0)
+
+    watching = asyncio.create_task(watch())
+    async with router_accounts(sqlite_url, tmp_path):
+        await soon(watching)
     reader.close()
     assert len(seen) > 10
 
