@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -16,14 +16,10 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from router import answers
-from router.accounts.accounts import Accounts
-from router.accounts.api import add_api
-from router.accounts.callers import check_token
-from router.accounts.guard import guarded, models_of, refusal
+from router.accounts.guard import check_token, guarded, models_of, refusal
 from router.admission import Admission
 from router.catalog import Catalog, Model
 from router.completions import ENDPOINTS, Completions
-from router.console.pages import add_console
 from router.cors import with_cors
 from router.docs import PAGE_HEADERS, Documentation
 from router.errors import ApiError, InternalError, InvalidRequest, MethodNotAllowed, UnknownPath
@@ -36,6 +32,9 @@ from router.settings import HostedModel, RouterSettings, UpstreamModel
 from router.trunk import TrunkOptions
 from router.upstream import Upstream
 from serving.exposition import CONTENT_TYPE
+
+if TYPE_CHECKING:  # where accounts are off, 40 MB of libraries need not be loaded
+    from router.accounts.accounts import Accounts
 
 Scrape = Callable[[bool], Awaitable[bytes]]
 """The metrics as text: of the whole deployment, or (true) of this process."""
@@ -153,6 +152,9 @@ def build_api(
     documentation = Documentation([model.settings for model in catalog.models], accounts=accounts is not None)
     document(api, documentation)
     if accounts is not None:
+        from router.accounts.api import add_api  # noqa: PLC0415 - see above
+        from router.console.pages import add_console  # noqa: PLC0415
+
         add_api(api, accounts, catalog)
         add_console(api, accounts, catalog, documentation)
     for kind, answer in ERROR_ANSWERS.items():

@@ -14,7 +14,6 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatus
 
-from router.accounts.accounts import Accounts
 from router.app import Application
 from router.discovery import watch
 from router.http import uvicorn_server
@@ -46,9 +45,12 @@ class RouterServer:
         context = serve.get_replica_context()
         self._id = context.replica_id.unique_id
         self._settings = settings
-        self._accounts = (
-            await Accounts.opened(settings.accounts, self._id) if settings.accounts.enabled else None
-        )
+        self._accounts = None
+        if settings.accounts.enabled:
+            # Where they are off, 40 MB of libraries need not be loaded.
+            from router.accounts.accounts import Accounts  # noqa: PLC0415
+
+            self._accounts = await Accounts.opened(settings.accounts, self._id)
         with garbage.starting():
             self._application = Application(
                 settings,

@@ -13,7 +13,6 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from router.openapi import document
 from router.settings import ModelSettings
 
 Json = dict[str, Any]
@@ -49,6 +48,9 @@ class Documentation:
 
     @cached_property
     def _document(self) -> Json:
+        # What it is drawn from takes memory, and few ask for it.
+        from router.openapi import document  # noqa: PLC0415
+
         return document(self._models, accounts=self._accounts)
 
     @cached_property

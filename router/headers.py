@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+from router.errors import MissingKey
+
 Header = tuple[bytes, bytes]
 
 _CALLERS_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
@@ -28,3 +30,11 @@ def user_agent(headers: Iterable[Header]) -> str:
     """What the client says that it is, in at most 200 characters; empty where it says nothing."""
     given = header(headers, b"user-agent")
     return given.decode("latin-1")[:200] if given else ""
+
+
+def bearer(headers: Iterable[Header]) -> str:
+    """The key of a request. Raises MissingKey."""
+    scheme, _, secret = (header(headers, b"authorization") or b"").decode("latin-1").partition(" ")
+    if scheme.lower() != "bearer" or not secret.strip():
+        raise MissingKey
+    return secret.strip()

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from pydantic import SecretStr
 from starlette.requests import cookie_parser
 
 from router.accounts.keys import Key, KeyRing, Keys
@@ -15,7 +14,7 @@ from router.accounts.people import Account, People
 from router.accounts.sessions import COOKIE, Session, Sessions
 from router.accounts.store import StoreDown
 from router.errors import BadCsrf, InvalidKey, MissingKey, StoreUnavailable
-from router.headers import Header, header
+from router.headers import Header, bearer, header
 
 CSRF = b"x-csrf-token"
 """The header in which our pages show that they are ours."""
@@ -47,7 +46,7 @@ class Callers:
         """What a request for tokens is counted under. Raises MissingKey, InvalidKey, BadCsrf or
         StoreUnavailable."""
         if header(headers, b"authorization") is not None:
-            return await self._ring.seek(_bearer(headers))
+            return await self._ring.seek(bearer(headers))
         session = await self._logged_in(headers, harmless=False)
         with store_needed():
             key = self._ring.console(session.account.id) or await self._keys.console(session.account.id)
@@ -61,14 +60,14 @@ class Callers:
         Raises the same.
         """
         if header(headers, b"authorization") is not None:
-            return await self._ring.seek(_bearer(headers))
+            return await self._ring.seek(bearer(headers))
         await self._logged_in(headers, harmless=method in HARMLESS)
         return None
 
     async def caller(self, headers: Sequence[Header], method: str) -> Caller:
         """Who sends any other request. Raises the same."""
         if header(headers, b"authorization") is not None:
-            key = await self._ring.seek(_bearer(headers))
+            key = await self._ring.seek(bearer(headers))
             with store_needed():
                 account = await self._people.get(key.account_id)
             if account.disabled:
@@ -102,20 +101,6 @@ def store_needed() -> Iterator[None]:
         yield
     except StoreDown:
         raise StoreUnavailable from None
-
-
-def check_token(headers: Sequence[Header], token: SecretStr) -> None:
-    """Raises MissingKey or InvalidKey unless the request comes with this token as its Bearer."""
-    given, expected = _bearer(headers).encode(), token.get_secret_value().encode()
-    if not hmac.compare_digest(given, expected):
-        raise InvalidKey
-
-
-def _bearer(headers: Sequence[Header]) -> str:
-    scheme, _, secret = (header(headers, b"authorization") or b"").decode("latin-1").partition(" ")
-    if scheme.lower() != "bearer" or not secret.strip():
-        raise MissingKey
-    return secret.strip()
 
 
 def _cookie(headers: Sequence[Header]) -> str | None:

@@ -10,13 +10,13 @@ import pytest_asyncio
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.accounts.callers import Callers, _bearer, _cookie
+from router.accounts.callers import Callers, _cookie
 from router.accounts.keys import Key, KeyRing, Keys
 from router.accounts.people import Account, People
 from router.accounts.sessions import COOKIE, Session, Sessions
 from router.accounts.store import Store
 from router.errors import ApiError, BadCsrf, InvalidKey, MissingKey, StoreUnavailable
-from router.headers import Header
+from router.headers import Header, bearer
 from tests.router.accounts.gated import KEY, PASSWORD, prepare
 
 pytestmark = pytest.mark.usefixtures("quick_hashes")
@@ -223,7 +223,7 @@ def test_any_header_is_read_or_refused(given_headers: list[Header]) -> None:
     """Whatever bytes come, they are a cookie or none, and a key or none."""
     assert isinstance(_cookie(given_headers), str | None)
     with suppress(MissingKey):
-        assert _bearer(given_headers)
+        assert bearer(given_headers)
 
 
 # ---- without the store --------------------------------------------------------------------------------
