@@ -43,6 +43,21 @@ OWN_RAY = {
     "RAY_local_fs_monitor_interval_ms": "5000",
     # Ray begins with a worker for each core and keeps those that are not used.
     "RAY_num_workers_soft_limit": "1",
+    # Ray has one node here, which nobody adds nodes to, and nobody looks at its tasks, events and dashboard.
+    "AUTOSCALER_UPDATE_INTERVAL_S": "3600",
+    "RAY_gcs_pull_resource_loads_period_milliseconds": "60000",
+    "RAY_task_events_report_interval_ms": "0",
+    "RAY_event_stats": "0",
+    "METRICS_RECORD_INTERVAL_S": "3600",
+    "SCAN_EVENT_DIR_INTERVAL_SECONDS": "3600",
+    "GCS_CHECK_ALIVE_INTERVAL_SECONDS": "60",
+    "RAY_io_context_monitor_probe_interval_ms": "60000",
+    # Looks that are as good once a second or less often. By default they come four to ten times a second.
+    "RAY_raylet_report_resources_period_milliseconds": "1000",
+    "RAY_object_manager_timer_freq_ms": "1000",
+    "RAY_memory_monitor_refresh_ms": "1000",
+    "RAY_kill_idle_workers_interval_ms": "2000",
+    "RAY_raylet_check_gc_period_milliseconds": "10000",
 }
 """For a Ray of our own, unless the environment says otherwise."""
 

@@ -93,7 +93,7 @@ class RouterServer:
         clients whose answers take too long."""
         log.info("router drains", router=self._id)
         self._application.completions.draining = True
-        self._server.should_exit = True
+        self._server.leave()
         await asyncio.wait([self._serving], timeout=self._settings.drain_s)
         # Without its trunk a stream ends with an error event.
         await self._application.close()

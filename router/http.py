@@ -8,10 +8,12 @@ straight to the transport, and says whether the client keeps up.
 
 from __future__ import annotations
 
+import asyncio
 import select
 import uuid
 from asyncio import BaseTransport, TimerHandle, Transport
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any, cast
 
@@ -32,15 +34,36 @@ GOODBYE_S = 1.0
 """Seconds between a refusal that ends a connection and its end. To close at once would reset the connection
 of a client that is still sending, and it would not see why."""
 
+DATE_S = 1.0
+"""Seconds between two readings of the clock for the `date` that answers carry."""
+
 PEER_S = 0.5
 """Seconds between two looks whether a client that is not being read is still there."""
 
 
-def uvicorn_server(application: ASGIApp, limits: Limits, timeouts: Timeouts) -> uvicorn.Server:
+class Server(uvicorn.Server):
+    """uvicorn's server, which looks ten times a second whether it is to end. This one is told."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self._leaving = asyncio.Event()
+
+    def leave(self) -> None:
+        """Take no more connections, and end with the last answer."""
+        self.should_exit = True
+        self._leaving.set()
+
+    async def main_loop(self) -> None:
+        while not await self.on_tick(0):
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._leaving.wait(), DATE_S)
+
+
+def uvicorn_server(application: ASGIApp, limits: Limits, timeouts: Timeouts) -> Server:
     """An HTTP server that leaves the event loop, signals and logs to us."""
     # Whatever makes a protocol will do; the annotation wants a class.
     connection = cast("type[Connection]", partial(Connection, limits=limits, timeouts=timeouts))
-    return uvicorn.Server(
+    return Server(
         uvicorn.Config(
             application,
             loop="none",

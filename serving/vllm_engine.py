@@ -28,7 +28,7 @@ from vllm.v1.engine.output_processor import RequestOutputCollector
 from vllm.v1.metrics.loggers import StatLoggerBase
 from vllm.v1.metrics.stats import IterationStats, MultiModalCacheStats, SchedulerStats
 
-from serving import penalties, vllm_mailbox, vllm_outbox
+from serving import penalties, vllm_mailbox, vllm_outbox, vllm_scheduler
 from serving.drain import DrainRate
 from serving.engine import EngineDead, Prompt, Refusal, Sink, fit
 from serving.messages import Chat, Load, Request, Text
@@ -321,6 +321,7 @@ def configuration(settings: EngineSettings) -> VllmConfig:
             "engine_args.enable_chunked_prefill: must be false or left out on a CPU, where a seeded request"
             " whose prefill is done in chunks ends vLLM's worker"
         )
+    vllm_scheduler.install(config)
     penalty = penalties.processor(config)
     if penalty is not None:
         model = config.model_config

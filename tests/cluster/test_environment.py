@@ -16,6 +16,9 @@ READERS = (
     "core/src/ray/raylet/raylet",
     "serve/_private/constants.py",
     "_private/log_monitor.py",
+    "autoscaler/_private/constants.py",
+    "dashboard/consts.py",
+    "dashboard/modules/event/event_consts.py",
     "dashboard/modules/reporter/reporter_consts.py",
 )
 """The parts of Ray that read what is set here."""
