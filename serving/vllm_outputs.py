@@ -84,7 +84,7 @@ class Outputs(OutputProcessor):
             # decoded, which vLLM does twice.
             detokenizer.stream = DecodeStream(skip_special_tokens=detokenizer.skip_special_tokens)
         if detokenizer.spaces_between_special_tokens:
-            queue.decoder = Decoder(texts, detokenizer)
+            queue.decoder = Decoder(texts, detokenizer, whole=prompt is not None)
 
     def process_outputs(
         self,

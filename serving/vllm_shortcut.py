@@ -22,6 +22,7 @@ from vllm.renderers import BaseRenderer
 from vllm.renderers.hf import resolve_chat_template, resolve_chat_template_content_format
 
 from serving.messages import Message
+from serving.words import Words
 
 LONGEST = 4096
 """Bytes of a conversation that goes this way: some ms of the event loop's time at worst. A thread's switches
@@ -117,6 +118,7 @@ class Pieces:
         longest_first = sorted(marks, key=len, reverse=True)
         self._marks = marks
         self._tokenizer = tokenizer
+        self._words = Words.of(tokenizer)
         self._split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")").split
         self._piece = lru_cache(KEPT_PIECES)(self._tokens)
 
@@ -147,6 +149,8 @@ class Pieces:
         return tokens
 
     def _tokens(self, piece: str) -> list[int]:
+        if self._words is not None and piece.isascii():
+            return self._words.tokens(piece)
         return self._tokenizer.encode(piece, add_special_tokens=False).ids
 
 

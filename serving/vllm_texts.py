@@ -39,12 +39,13 @@ class Decoder:
 
     __slots__ = ("_detokenizer", "_texts", "_whole")
 
-    def __init__(self, texts: Texts, detokenizer: FastIncrementalDetokenizer) -> None:
-        """The detokenizer has heard nothing of the answer yet."""
+    def __init__(self, texts: Texts, detokenizer: FastIncrementalDetokenizer, *, whole: bool) -> None:
+        """The detokenizer has heard nothing of the answer yet. `whole`: the prompt ends with a whole
+        character."""
         self._texts = texts
         self._detokenizer = detokenizer
-        # Whether all that was said ends with a whole character. Of the prompt nobody knows.
-        self._whole = False
+        # Whether all that was said does.
+        self._whole = whole
 
     def decode_next(self, token: int) -> str:
         """What one more token adds to the answer's text."""

@@ -41,21 +41,27 @@ class Stream:
 
 tokens = st.lists(st.integers(0, BYTE_LEVEL.get_vocab_size() + 2), max_size=40)
 
-written = st.text(alphabet="the railwy 🚂日本ïé\ufffd\n", max_size=12).map(
-    lambda text: BYTE_LEVEL.encode(text).ids
-)
+CHARACTERS = "the railwy 🚂日本ïé\n"
+
+written = st.text(CHARACTERS + "\ufffd", max_size=12).map(lambda text: BYTE_LEVEL.encode(text).ids)
+whole = st.text(CHARACTERS, max_size=12).map(lambda text: BYTE_LEVEL.encode(text).ids)
 
 
-@given(
-    prompt=tokens | written, answer=st.lists(tokens | written, max_size=4).map(lambda parts: [*chain(*parts)])
-)
-def test_every_token_says_what_decoding_all_of_them_says(prompt: list[int], answer: list[int]) -> None:
+prompts = st.tuples(tokens | written, st.just(False)) | st.tuples(whole, st.just(True))
+"""Of the second kind it is known that they end with a whole character."""
+
+
+@given(prompt=prompts, answer=st.lists(tokens | written, max_size=4).map(lambda parts: [*chain(*parts)]))
+def test_every_token_says_what_decoding_all_of_them_says(
+    prompt: tuple[list[int], bool], answer: list[int]
+) -> None:
     """After any prompt, each token of any answer adds what the tokenizer's own decoding of all of them adds:
     parts of characters, bytes that never become one, special and unknown tokens included."""
     texts = Texts.of(BYTE_LEVEL)
     assert texts is not None
-    detokenizer: Any = Stream(prompt)
-    decoder, plain = Decoder(texts, detokenizer), Stream(prompt)
+    before, is_whole = prompt
+    detokenizer: Any = Stream([] if is_whole else before)
+    decoder, plain = Decoder(texts, detokenizer, whole=is_whole), Stream(before)
     assert [decoder.decode_next(token) for token in answer] == [plain.decode_next(token) for token in answer]
 
 
