@@ -32,7 +32,7 @@ def install(config: VllmConfig) -> None:
 
 
 def scheduler(*, vllm_config: VllmConfig, **others: Any) -> SchedulerInterface:
-    """vLLM's own scheduler for this configuration, with `Blocks` where they will do."""
+    """What vLLM would make for this configuration, with `Blocks` where they will do."""
     settings = copy(vllm_config.scheduler_config)
     settings.scheduler_cls = None
     made: Any = settings.get_scheduler_cls()(vllm_config=vllm_config, **others)
@@ -69,17 +69,19 @@ class Blocks(KVCacheManager):
         num_new_computed_tokens: int = 0,
         new_computed_blocks: KVCacheBlocks | None = None,
         num_lookahead_tokens: int = 0,
-        **others: Any,
+        *others: Any,
+        **more: Any,
     ) -> KVCacheBlocks | None:
-        if new_computed_blocks is None and not others:  # so it asks for a request that is running
+        if new_computed_blocks is None and not others and not more:  # as vLLM asks for one that is running
             only = self._only
-            request_id = request.request_id
-            whole = only.num_cached_block.get(request_id)
+            whole = only.num_cached_block.get(request.request_id)
             if whole is not None:
                 size = only.block_size
                 computed = request.num_computed_tokens + num_new_tokens
-                there_is_room = computed + num_lookahead_tokens <= len(only.req_to_blocks[request_id]) * size
-                if there_is_room and min(computed, request.num_tokens) < (whole + 1) * size:
+                room = len(only.req_to_blocks[request.request_id]) * size
+                if computed + num_lookahead_tokens <= room and (
+                    min(computed, request.num_tokens) < (whole + 1) * size
+                ):
                     return self.empty_kv_cache_blocks
         return super().allocate_slots(
             request,
@@ -87,7 +89,8 @@ class Blocks(KVCacheManager):
             num_new_computed_tokens,
             new_computed_blocks,
             num_lookahead_tokens,
-            **others,
+            *others,
+            **more,
         )
 
     def cache_blocks(self, request: Request, num_computed_tokens: int) -> None:
