@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
 import msgspec
@@ -93,8 +92,7 @@ class Parser(Protocol):
         """How many of a choice's tokens are reasoning."""
 
 
-@dataclass(frozen=True, slots=True)
-class Prompt:
+class Prompt(NamedTuple):
     """A rendered prompt: its length in tokens, and what the engine that rendered it wants back."""
 
     length: int

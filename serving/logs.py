@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sys
 import traceback
@@ -33,13 +34,25 @@ class Lines:
         self._role = role
         self._file = file
         self._encode = msgspec.json.Encoder(enc_hook=repr).encode
+        self._waiting: list[bytes] = []
 
     def write(self, level: str, event: str, fields: dict[str, Any]) -> None:
-        """One line, written out at once."""
+        """One line. It is written out at once; of what is in order, with the other lines of this turn of the
+        event loop, if there is one, before it waits again: a router has many at once."""
         about = {"timestamp": datetime.now(UTC), "level": level, "role": self._role, "event": event}
-        line = self._encode(about | fields)
+        self._waiting.append(self._encode(about | fields) + b"\n")
+        if level != "info":
+            self._write_out()
+        elif len(self._waiting) == 1:
+            try:
+                asyncio.get_running_loop().call_soon(self._write_out)
+            except RuntimeError:
+                self._write_out()
+
+    def _write_out(self) -> None:
+        waiting, self._waiting = self._waiting, []
         try:
-            self._file.write(line + b"\n")
+            self._file.write(b"".join(waiting))
             self._file.flush()
         except OSError:
             pass

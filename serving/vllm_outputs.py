@@ -9,20 +9,24 @@ Import this module only through `serving.engines`, which sets the environment fi
 
 from __future__ import annotations
 
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Protocol
 
 from tokenizers.decoders import DecodeStream
 from vllm import envs
 from vllm.outputs import PoolingRequestOutput, RequestOutput
+from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.detokenizer import FastIncrementalDetokenizer
 from vllm.v1.engine.output_processor import OutputProcessor, OutputProcessorOutput, RequestState
 from vllm.v1.engine.parallel_sampling import ParentRequest
-from vllm.v1.metrics.stats import IterationStats
+from vllm.v1.metrics.stats import IterationStats, RequestStateStats
 
 from serving.vllm_texts import Decoder, Texts
+
+KNOWN_SAMPLINGS = 1024
+"""Sampling parameters for which what follows from them is kept."""
 
 
 class Queue(Protocol):
@@ -62,6 +66,11 @@ class Outputs(OutputProcessor):
         tokenizer: Any = self.tokenizer
         return Texts.of(tokenizer._tokenizer)  # noqa: SLF001 - as vLLM's detokenizer takes it
 
+    @cached_property
+    def _likes(self) -> dict[int, tuple[SamplingParams, dict[str, Any]]]:
+        """For sampling parameters that have been seen before, what vLLM has worked out from them."""
+        return {}
+
     def add_request(
         self,
         request: EngineCoreRequest,
@@ -71,20 +80,34 @@ class Outputs(OutputProcessor):
         queue: Any = None,
     ) -> None:
         """As vLLM's; `prompt` is the text that the prompt's tokens were made of, if they were."""
+        params, texts = request.sampling_params, self._texts
+        if prompt is not None and texts is not None and (like := self._likes.get(id(params))) is not None:
+            self._add(_state(like[1], request, prompt, queue))
+            queue.decoder = Decoder(texts, partial(_detokenizer, self.tokenizer, request), whole=True)
+            return
         super().add_request(request, prompt, parent_req, request_index, queue)
         state: Any = self.request_states[request.request_id]
         if self.tracing_enabled or not _is_plain(state):
             return
         queue.decoder = detokenizer = state.detokenizer
-        texts = self._texts
         if texts is None:
             return
         if prompt is not None:
-            # Where a text has ended with a whole character, nothing hangs on it. So the prompt need not be
-            # decoded, which vLLM does twice.
-            detokenizer.stream = DecodeStream(skip_special_tokens=detokenizer.skip_special_tokens)
+            detokenizer.stream = _stream(detokenizer)
         if detokenizer.spaces_between_special_tokens:
-            queue.decoder = Decoder(texts, detokenizer, whole=prompt is not None)
+            queue.decoder = Decoder(texts, lambda: detokenizer, whole=prompt is not None)
+            if params is not None and state.stats == RequestStateStats(arrival_time=request.arrival_time):
+                self._remember(params, state)
+
+    def _remember(self, params: SamplingParams, state: RequestState) -> None:
+        if len(self._likes) >= KNOWN_SAMPLINGS:
+            self._likes.clear()
+        self._likes[id(params)] = params, vars(state).copy()
+
+    def _add(self, state: RequestState) -> None:
+        self.request_states[state.request_id] = state
+        self.external_req_ids[state.external_req_id].append(state.request_id)
+        self._update_admission_stats()
 
     def process_outputs(
         self,
@@ -143,6 +166,36 @@ class Outputs(OutputProcessor):
         state.queue.end(output.new_token_ids, reason)
         self._finish_request(state)
         self._update_stats_from_finished(state, reason, step)
+
+
+def _state(like: dict[str, Any], request: EngineCoreRequest, prompt: str, queue: Any) -> RequestState:
+    """What vLLM keeps of a plain request, made of what it has kept of another one with the same sampling."""
+    tokens: Any = request.prompt_token_ids
+    state = RequestState.__new__(RequestState)
+    vars(state).update(
+        like,
+        request_id=request.request_id,
+        external_req_id=request.external_req_id,
+        prompt=prompt,
+        prompt_token_ids=tokens,
+        prompt_len=len(tokens),
+        queue=queue,
+        stats=RequestStateStats(arrival_time=request.arrival_time),
+    )
+    return state
+
+
+def _detokenizer(tokenizer: Any, request: EngineCoreRequest) -> FastIncrementalDetokenizer:
+    """What tells an answer's tokens after a text."""
+    detokenizer = FastIncrementalDetokenizer(tokenizer, request)
+    detokenizer.stream = _stream(detokenizer)
+    return detokenizer
+
+
+def _stream(detokenizer: FastIncrementalDetokenizer) -> DecodeStream:
+    """Where a text has ended with a whole character, nothing hangs on it. So the prompt need not be decoded,
+    which vLLM does twice."""
+    return DecodeStream(skip_special_tokens=detokenizer.skip_special_tokens)
 
 
 def _is_plain(state: RequestState) -> bool:

@@ -8,10 +8,10 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from copy import copy
-from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import count
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import msgspec
 from msgspec.structs import replace
@@ -49,14 +49,13 @@ from_msgpack = msgspec.msgpack.Decoder(Sampling).decode
 _SAMPLING_FIELDS = frozenset(Sampling.__struct_fields__)
 
 
-@dataclass(frozen=True, slots=True)
-class Rendered:
+class Rendered(NamedTuple):
     """What vLLM gets of a prompt, and what rendering it has settled."""
 
     input: EngineInput
-    sampling: Mapping[str, Any] = field(default_factory=dict)
+    sampling: Mapping[str, Any] = MappingProxyType({})
     """Of vLLM's sampling parameters."""
-    reasoning: Mapping[str, Any] = field(default_factory=dict)
+    reasoning: Mapping[str, Any] = MappingProxyType({})
     """Of vLLM's engine request: how the engine finds where the reasoning ends and a constraint begins."""
     constrained_by: str | None = None
     """The field of the request that has a constraint put on the answer."""

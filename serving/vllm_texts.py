@@ -5,6 +5,8 @@ Import this module only through `serving.engines`, which sets the environment fi
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from tokenizers import Tokenizer, decoders
 from vllm.v1.engine.detokenizer import FastIncrementalDetokenizer
 
@@ -37,13 +39,14 @@ class Texts(dict[int, str]):
 class Decoder:
     """Tells one answer's tokens as vLLM's detokenizer would, which it asks about those that it has to."""
 
-    __slots__ = ("_detokenizer", "_texts", "_whole")
+    __slots__ = ("_detokenizer", "_make", "_texts", "_whole")
 
-    def __init__(self, texts: Texts, detokenizer: FastIncrementalDetokenizer, *, whole: bool) -> None:
-        """The detokenizer has heard nothing of the answer yet. `whole`: the prompt ends with a whole
-        character."""
+    def __init__(self, texts: Texts, make: Callable[[], FastIncrementalDetokenizer], *, whole: bool) -> None:
+        """`make` makes the detokenizer, which has heard nothing of the answer yet. `whole`: the prompt ends
+        with a whole character."""
         self._texts = texts
-        self._detokenizer = detokenizer
+        self._make = make
+        self._detokenizer: FastIncrementalDetokenizer | None = None
         # Whether all that was said does.
         self._whole = whole
 
@@ -52,6 +55,8 @@ class Decoder:
         if self._whole and (text := self._texts[token]):
             # The detokenizer need not hear of it: what it says next does not hang on whole characters before.
             return text
+        if self._detokenizer is None:
+            self._detokenizer = self._make()
         text = self._detokenizer.decode_next(token)
         # It says nothing until a character is whole.
         self._whole = bool(text)

@@ -8,11 +8,12 @@ them up takes a third of the time of going through the text again.
 from __future__ import annotations
 
 import json
+import re
+import unicodedata
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
-import regex  # type: ignore[import-untyped]
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 KEPT_WORDS = 16384
@@ -25,13 +26,13 @@ ASCII = "".join(map(chr, range(128)))
 
 
 class Words:
-    """Tokens of texts in ASCII: beyond it two engines for expressions need not mean the same by a letter."""
+    """Tokens of texts in ASCII: there a letter is the same to every engine for expressions."""
 
     def __init__(self, model: models.Model, expression: str) -> None:
         written = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         # The character that a byte is written as, which for most of them is the byte's own.
         as_written = {ord(c): written.pre_tokenize_str(c)[0][0] for c in ASCII}
-        self._split: Callable[[str], list[str]] = regex.compile(expression).findall
+        self._split: Callable[[str], list[str]] = re.compile(expression, re.ASCII).findall
         self._word = lru_cache(KEPT_WORDS)(
             lambda word: [token.id for token in model.tokenize(word.translate(as_written))]
         )
@@ -42,7 +43,10 @@ class Words:
         expression = _expression(tokenizer)
         if expression is None:
             return None
-        words = cls(tokenizer.model, expression)
+        try:
+            words = cls(tokenizer.model, in_ascii(expression))
+        except re.error:
+            return None
         probes = [f"{c}a{c}b {c}1{c}{c} {c}\n{c}'{c}" for c in ASCII]
         return words if all(words.tokens(probe) == _whole(tokenizer, probe) for probe in probes) else None
 
@@ -52,6 +56,24 @@ class Words:
         for word in self._split(text):
             tokens += self._word(word)
         return tokens
+
+
+def in_ascii(expression: str) -> str:
+    """The same expression for texts in ASCII, with characters in the place of their properties.
+
+    Python's engine knows no properties; where the complement of one is left, it says so.
+    """
+    written = []
+    within = False  # a set
+    for part in re.findall(r"\\[pP]\{\w+\}|\\.|.", expression, re.DOTALL):
+        if part.startswith(r"\p{"):
+            found = "".join(c for c in ASCII if unicodedata.category(c).startswith(part[3:-1]))
+            # Nothing is in an empty set, which cannot be written as one.
+            written.append(re.escape(found) if within else f"[{re.escape(found)}]" if found else "(?!)")
+        else:
+            within = part == "[" or (within and part != "]")
+            written.append(part)
+    return "".join(written)
 
 
 def _expression(tokenizer: Tokenizer) -> str | None:

@@ -120,9 +120,10 @@ class Way:
             cancel=lambda request: self.told.append(("cancel", request)),
         )
         text, last = PROMPTS[prompt]
+        # The same object for all choices, as they come from one request.
+        params = SamplingParams(max_tokens=9, output_kind=RequestOutputKind.DELTA, **sampling)
         for index in range(CHOICES):
             queue: Any = Choice(stream, index)
-            params = SamplingParams(max_tokens=9, output_kind=RequestOutputKind.DELTA, **sampling)
             asked = EngineCoreRequest(str(index), ids(text)[:last], None, params, None, 1.0, None, None, None)
             asked.external_req_id = "chat-1"
             processor.add_request(asked, text if last is None else None, None, index, queue)

@@ -61,7 +61,7 @@ def test_every_token_says_what_decoding_all_of_them_says(
     assert texts is not None
     before, is_whole = prompt
     detokenizer: Any = Stream([] if is_whole else before)
-    decoder, plain = Decoder(texts, detokenizer, whole=is_whole), Stream(before)
+    decoder, plain = Decoder(texts, lambda: detokenizer, whole=is_whole), Stream(before)
     assert [decoder.decode_next(token) for token in answer] == [plain.decode_next(token) for token in answer]
 
 
