@@ -55,7 +55,6 @@ OWN_RAY = {
     # Looks that are as good once a second or less often. By default they come four to ten times a second.
     "RAY_raylet_report_resources_period_milliseconds": "1000",
     "RAY_object_manager_timer_freq_ms": "1000",
-    "RAY_memory_monitor_refresh_ms": "1000",
     "RAY_kill_idle_workers_interval_ms": "2000",
     "RAY_raylet_check_gc_period_milliseconds": "10000",
 }

@@ -7,13 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from serving.words import ASCII, Words
-
-NEWER = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-    r"|\s+(?!\S)|\s+"
-)
-"""As the tokenizers of newer models cut."""
+from serving.words import ASCII, EXPRESSIONS, LONGEST_KEPT, Words
 
 BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 
@@ -39,19 +33,25 @@ def trained(pre_tokenizer: Any, *, normalizer: Any = None, **model: Any) -> Toke
     return tokenizer
 
 
+def cut(expression: str) -> Any:
+    """What cuts at an expression, as the tokenizers of newer models do."""
+    return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(expression), "isolated"), BYTES])
+
+
 OURS = {
     "as GPT-2": trained(pre_tokenizers.ByteLevel(add_prefix_space=False)),
-    "newer": trained(pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(NEWER), "isolated"), BYTES])),
-    "newer, composed": trained(
-        pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(NEWER), "isolated"), BYTES]),
-        normalizer=normalizers.NFC(),
-    ),
+    **{
+        expression: trained(cut(expression), normalizer=normalizers.NFC())
+        for expression in sorted(EXPRESSIONS)
+    },
 }
 
 OTHERS = {
     "a space before": trained(pre_tokenizers.ByteLevel(add_prefix_space=True)),
     "cut otherwise": trained(pre_tokenizers.Whitespace()),
     "cut twice": trained(pre_tokenizers.Sequence([pre_tokenizers.Digits(), pre_tokenizers.ByteLevel()])),
+    # An interval that gives nothing back to Python, and may come again to a tokenizer.
+    "an expression of two meanings": trained(cut(r"\p{N}{1,3}+|\P{N}+")),
     "what cuts is left out": trained(
         pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(r"\s"), "removed"), BYTES])
     ),
@@ -59,6 +59,9 @@ OTHERS = {
         pre_tokenizers.ByteLevel(add_prefix_space=False), normalizer=normalizers.Lowercase()
     ),
     "without ends": trained(pre_tokenizers.ByteLevel(add_prefix_space=False), normalizer=normalizers.Strip()),
+    "three points as one": trained(
+        pre_tokenizers.ByteLevel(add_prefix_space=False), normalizer=normalizers.Replace("...", "!")
+    ),
     "by chance": trained(pre_tokenizers.ByteLevel(add_prefix_space=False), dropout=0.5),
 }
 
@@ -92,3 +95,13 @@ def test_tokens_that_are_looked_for_in_words_are_found() -> None:
     tokenizer = trained(pre_tokenizers.ByteLevel(add_prefix_space=False))
     tokenizer.add_tokens(["rail"])
     assert Words.of(tokenizer) is None
+
+
+def test_long_words_are_not_kept() -> None:
+    """What is kept has a bound, whatever clients say."""
+    words = Words.of(OURS["as GPT-2"])
+    assert words is not None
+    before = words._kept.cache_info().currsize
+    assert words.tokens("a" * LONGEST_KEPT)
+    assert words.tokens("b" * (LONGEST_KEPT + 1))
+    assert words._kept.cache_info().currsize == before + 1
