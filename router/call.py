@@ -181,6 +181,8 @@ class Call:
     async def _kept(self, piece: Piece) -> None:
         """Returns when what the client will know once it has this piece is kept: that there is an answer, or
         how it ended."""
+        if self.entry is UNKEPT:
+            return
         if self.entry.keeps_text:
             self.entry.answered(piece.data)
         if piece.last:
