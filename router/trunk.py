@@ -1,9 +1,10 @@
 """The router's end of the trunk: requests out, frames in, one buffer per stream.
 
 The way of a token: a read brings the frames of one engine step or more, each with pieces for many streams.
-All frames of a read are taken apart first; then each stream hands on, in one piece, what they brought. Where
-its reader waits for that, nothing is ahead of it, and it goes straight to the client's socket: no task wakes.
-Where the reader is busy, because its client is slow, it gathers. Both ways the order is that of the frames.
+All frames that a turn of the event loop finds are taken apart first; then each stream hands on, in one piece,
+what they brought. So a router that falls behind writes less often, and catches up. Where a stream's reader
+waits for its piece, nothing is ahead of it, and it goes straight to the client's socket: no task wakes. Where
+the reader is busy, because its client is slow, it gathers. Both ways the order is that of the frames.
 """
 
 from __future__ import annotations
@@ -79,13 +80,12 @@ class Trunk(asyncio.Protocol):
         self._outgoing = bytearray()
         """What the loop's next turn writes: the requests of one turn go out together."""
         self._touched: set[TrunkStream] = set()
-        """Streams that the frames of this read have brought something."""
+        """Streams that the frames of this turn have brought something."""
         self._nonce = nonce()
         self._challenge = b""
         self._reader = FrameReader(messages.HANDSHAKE_LIMIT)
         self._next_stream = 0
         self._silent_beats = 0
-        self._spoke = False
         self._beating: asyncio.TimerHandle | None = None
 
     def __repr__(self) -> str:
@@ -120,7 +120,6 @@ class Trunk(asyncio.Protocol):
     def send(self, message: messages.ToReplica) -> None:
         """Write one message before the loop waits again."""
         frame = messages.encode(message)
-        self._spoke = True
         self.options.traffic.sent(len(frame))
         if not self._outgoing:
             self.loop.call_soon(self._flush)
@@ -150,10 +149,6 @@ class Trunk(asyncio.Protocol):
             # ValueError covers what does not decode and what is too long, RecursionError what is too deep.
             log.warning("trunk broken", replica=self.replica, error=str(error))
             self._give_up(HandshakeFailed(str(error)))
-        touched, self._touched = self._touched, set()
-        now = perf_counter()
-        for stream in touched:
-            stream.hand_on(now)
 
     def connection_lost(self, error: Exception | None) -> None:
         if self._beating is not None:
@@ -188,6 +183,9 @@ class Trunk(asyncio.Protocol):
             self.unreported -= self.reportable
             self.reportable = 0
         streams, touched = self.streams, self._touched
+        if frame.events and not touched:
+            # Behind the reads of this turn, of which there may be many where much has come.
+            self.loop.call_soon(self._hand_on)
         for event in frame.events:
             stream = streams.get(event.stream)
             if stream is None:
@@ -197,6 +195,12 @@ class Trunk(asyncio.Protocol):
                 stream.gather(event.data, event.tokens)
             else:
                 stream.receive(event)
+
+    def _hand_on(self) -> None:
+        touched, self._touched = self._touched, set()
+        now = perf_counter()
+        for stream in touched:
+            stream.hand_on(now)
 
     def _answer(self, challenge: messages.Challenge) -> None:
         if challenge.protocol != messages.PROTOCOL:
@@ -235,9 +239,8 @@ class Trunk(asyncio.Protocol):
             log.warning("trunk lost: the replica is silent", replica=self.replica)
             self.abort()
             return
-        if self.ready.done() and not self._spoke:
+        if self.ready.done():
             self.send(messages.Ping())
-        self._spoke = False
         now = perf_counter()
         for stream in list(self.streams.values()):
             stream.check(now)
@@ -364,7 +367,7 @@ class TrunkStream:
                 self.fail(Leaving() if event.code == messages.DRAINING else from_refusal(event))
 
     def hand_on(self, now: float) -> None:
-        """The frames of one read are taken apart: what they brought goes on, as one piece."""
+        """The frames of one turn are taken apart: what they brought goes on, as one piece."""
         self._heard_at = now
         if not self._data:
             return

@@ -16,9 +16,7 @@ class Settings(BaseModel):
 class TrunkSettings(Settings):
     """Both ends of every trunk."""
 
-    heartbeat_s: float = Field(
-        0.5, gt=0, le=60, description="Seconds after which an end with nothing to say sends a ping."
-    )
+    heartbeat_s: float = Field(0.5, gt=0, le=60, description="Seconds between two signs of life of each end.")
     silence_s: float = Field(
         2.0, gt=0, le=600, description="Seconds of silence after which the other end is lost."
     )

@@ -126,7 +126,6 @@ class Connection(asyncio.Protocol):
         self._finished = False
         self._reported: Load | None = None
         self._silent_beats = 0
-        self._spoke = False
         self._handshake: asyncio.TimerHandle | None = None
 
     def __repr__(self) -> str:
@@ -213,7 +212,6 @@ class Connection(asyncio.Protocol):
     def send(self, message: messages.ToRouter) -> None:
         """Write one message at once."""
         frame = messages.encode(message)
-        self._spoke = True
         self._server.traffic.sent(len(frame))
         self.transport.write(frame)
 
@@ -248,7 +246,7 @@ class Connection(asyncio.Protocol):
         self.transport.abort()
 
     def beat(self) -> None:
-        """Once a heartbeat: notice silence, and break our own."""
+        """Once a heartbeat: notice silence, and give a sign of life, whatever else has been said."""
         for stream in self.streams.values():
             stream.report_progress()
         self._silent_beats += 1
@@ -256,9 +254,8 @@ class Connection(asyncio.Protocol):
         if self._silent_beats * settings.heartbeat_s >= settings.silence_s:
             log.warning("trunk lost: the router is silent", router=self.router)
             self.abort()
-        elif self._welcomed and not self._report_load() and not self._spoke:
+        elif self._welcomed and not self._report_load():
             self.send(messages.Ping())
-        self._spoke = False
 
     def _schedule_flush(self) -> None:
         self._flush_scheduled = True

@@ -258,6 +258,30 @@ async def test_what_comes_while_the_reader_waits_need_not_wake_it(line: Line) ->
     assert direct == [(b"bc", 3)]
 
 
+async def test_what_one_turn_reads_goes_on_as_one_piece(line: Line) -> None:
+    """A transport that finds much in one turn of the loop reads several times. Nothing is handed on between,
+    so that a router which has fallen behind writes once for all of it."""
+    stream, number = await line.submit()
+    line.send(Chunk(number, b"a", 1))
+    assert (await soon(stream.read())).data == b"a"
+    direct: list[tuple[bytes, int]] = []
+
+    def take(data: bytes, tokens: int, _: float) -> bool:
+        direct.append((data, tokens))
+        return True
+
+    stream.direct = take
+    reading = asyncio.create_task(stream.read())
+    await asyncio.sleep(0)
+    for data in (b"b", b"c", b"d"):
+        line.trunk.data_received(bytes(messages.encode(Frame([Chunk(number, data, 1)], None))))
+    assert not direct
+    await until(lambda: direct)
+    assert direct == [(b"bcd", 3)]
+    line.send(Ended(number, b"e", 1, Usage(3, 5)))
+    assert await soon(reading) == Piece(b"e", 1, last=True)
+
+
 @settings(max_examples=40)
 @given(steps=st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=12))
 async def test_nothing_overtakes_what_came_before_it(line: Line, steps: list[tuple[bool, bool]]) -> None:
@@ -488,6 +512,21 @@ async def test_an_idle_trunk_is_kept_open_by_pings() -> None:
             assert await line.replica.receive() == messages.Ping()
             line.replica.send(messages.Ping())
         assert not line.trunk.closed.done()
+
+
+async def test_a_router_that_speaks_pings_all_the_same() -> None:
+    """Requests in each beat are no sign of life that the next beat could do without: it may come late."""
+    async with connected(RESTLESS) as line:
+
+        async def speak() -> None:
+            while True:
+                line.trunk.submit(chat()).close()
+                await asyncio.sleep(RESTLESS.settings.heartbeat_s / 4)
+
+        speaking = asyncio.create_task(speak())
+        for _ in range(3):
+            await soon(line.heard(messages.Ping))
+        speaking.cancel()
 
 
 # ---- what broken replicas send ------------------------------------------------------------------------
