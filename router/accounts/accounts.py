@@ -10,7 +10,6 @@ import structlog
 from sqlalchemy import select
 from starlette.requests import Request as HttpRequest
 
-from router.accounts import upgrade
 from router.accounts.callers import Callers, store_needed
 from router.accounts.entry import Entry
 from router.accounts.keys import Key, KeyRing, Keys
@@ -21,7 +20,7 @@ from router.accounts.memory_meter import MemoryMeter
 from router.accounts.meter import Grant, Meter
 from router.accounts.people import People
 from router.accounts.proxies import client_address
-from router.accounts.redis_meter import RedisMeter
+from router.accounts.revision import is_current
 from router.accounts.row import Row
 from router.accounts.schema import secrets
 from router.accounts.sessions import COOKIES, Sessions
@@ -84,7 +83,11 @@ class Accounts:
         """Accounts that know every key. Raises StoreDown: nobody could be let in."""
         store = Store(settings.url)
         try:
-            await asyncio.to_thread(upgrade.check, store)
+            if not await asyncio.to_thread(is_current, store):
+                # Says what is wrong. A router that starts as it should need not hold 10 MB of library for it.
+                from router.accounts import upgrade  # noqa: PLC0415
+
+                await asyncio.to_thread(upgrade.check, store)
             accounts = cls(settings, store, await _cookies(store), name)
             await accounts.ring.refresh()
         except BaseException:
@@ -178,7 +181,11 @@ class Accounts:
     def _make_meter(self) -> Meter:
         redis = self.settings.redis
         spent = self.usage.spent
-        return MemoryMeter(spent) if redis is None else RedisMeter(redis.get_secret_value(), spent)
+        if redis is None:
+            return MemoryMeter(spent)
+        from router.accounts.redis_meter import RedisMeter  # noqa: PLC0415 - 7 MB that others need not hold
+
+        return RedisMeter(redis.get_secret_value(), spent)
 
     async def _claims_of(self, key: Key, model: ModelSettings) -> tuple[Claim, ...]:
         """What bounds a key's requests for a model. Remembered until the key changes."""

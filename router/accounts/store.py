@@ -9,13 +9,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import sqlite3
+import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
-import psycopg
 import structlog
 from sqlalchemy import URL, Connection, Dialect, Engine, Table, create_engine, event, make_url
 from sqlalchemy.dialects import postgresql, sqlite
@@ -192,16 +192,25 @@ class Store:
         }
 
 
+def _errors(error: type[Exception], name: str) -> tuple[type[Exception], ...]:
+    """One of SQLAlchemy's, and the drivers' of that name.
+
+    PostgreSQL's driver is 9 MB, and loaded only where it is used.
+    """
+    drivers = (sqlite3, sys.modules.get("psycopg"))
+    return error, *(getattr(driver, name) for driver in drivers if driver is not None)
+
+
 @contextmanager
 def translated() -> Iterator[None]:
     """Errors of SQLAlchemy, and of the drivers themselves, as ours."""
     try:
         yield
-    except (IntegrityError, sqlite3.IntegrityError, psycopg.IntegrityError):
+    except _errors(IntegrityError, "IntegrityError"):
         raise Duplicate from None
-    except (DataError, sqlite3.DataError, psycopg.DataError):
+    except _errors(DataError, "DataError"):
         raise  # a value that fits nowhere is our mistake, and no reason to wait for the store
-    except (DBAPIError, sqlite3.Error, psycopg.Error) as error:
+    except _errors(DBAPIError, "Error") as error:
         # The text of the database, without the statement and its values.
         cause = error.orig if isinstance(error, DBAPIError) else error
         if getattr(cause, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY:

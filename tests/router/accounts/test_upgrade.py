@@ -2,15 +2,19 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, create_engine, inspect, text
 
 from router.accounts import upgrade
+from router.accounts.revision import REVISION, is_current
 from router.accounts.schema import metadata, requests
 from router.accounts.store import Store, StoreDown
 from router.accounts.upgrade import StoreTooNew
@@ -177,3 +181,23 @@ async def test_a_store_in_a_file_is_its_owners(tmp_path: Path) -> None:
     assert (tmp_path / "own").stat().st_mode & 0o777 == 0o700
     reader.close()
     await store.close()
+
+
+def test_a_router_knows_the_newest_revision() -> None:
+    """What a router looks for is what an upgrade leads to."""
+    assert ScriptDirectory(str(upgrade.MIGRATIONS)).get_current_head() == REVISION
+
+
+async def test_a_router_knows_a_store_that_it_can_work_with(store_url: str) -> None:
+    """A store without tables is none, an upgraded one is."""
+    store = Store(store_url)
+    assert not await asyncio.to_thread(is_current, store)
+    await asyncio.to_thread(upgrade.upgrade, store)
+    assert await asyncio.to_thread(is_current, store)
+    await store.close()
+
+
+def test_a_router_beside_a_file_holds_no_other_library() -> None:
+    """What upgrades a store, PostgreSQL's driver and Redis's client are loaded where they are used."""
+    code = "import sys, router.accounts.accounts; print({'alembic', 'psycopg', 'redis'} & sys.modules.keys())"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"
