@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -22,7 +22,7 @@ from vllm.renderers import BaseRenderer
 from vllm.renderers.hf import resolve_chat_template, resolve_chat_template_content_format
 
 from serving.messages import Message
-from serving.words import Words
+from serving.words import Words, whole
 
 LONGEST = 4096
 """Bytes of a conversation that goes this way: some ms of the event loop's time at worst. A thread's switches
@@ -125,17 +125,14 @@ class Pieces:
     @classmethod
     def encoder(cls, tokenizer: Tokenizer) -> Any:
         """What makes tokens (a list of ids) of a text: by pieces, if the tokenizer shows that it can be."""
-
-        def whole(text: str) -> list[int]:
-            return tokenizer.encode(text, add_special_tokens=False).ids
-
+        alone = partial(whole, tokenizer)
         added = tokenizer.get_added_tokens_decoder()
         marks = {token.content: number for number, token in added.items() if not token.normalized}
         if not 0 < len(marks) <= MOST_MARKS:
-            return whole
+            return alone
         pieces = cls(tokenizer, marks)
         probes = [mark.join(_PROBE) for mark in marks]
-        return pieces.encode if all(pieces.encode(probe) == whole(probe) for probe in probes) else whole
+        return pieces.encode if all(pieces.encode(probe) == alone(probe) for probe in probes) else alone
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a text."""
@@ -151,7 +148,7 @@ class Pieces:
     def _tokens(self, piece: str) -> list[int]:
         if self._words is not None and piece.isascii():
             return self._words.tokens(piece)
-        return self._tokenizer.encode(piece, add_special_tokens=False).ids
+        return whole(self._tokenizer, piece)
 
 
 def said(message: Message) -> dict[str, str]:

@@ -71,7 +71,7 @@ class Words:
             return None
         words = cls(tokenizer.model, expression)
         probes = [f"{c}a{c}b {c}1{c}{c} {c}\n{c}'{c}" for c in ASCII]
-        return words if all(words.tokens(probe) == _whole(tokenizer, probe) for probe in probes) else None
+        return words if all(words.tokens(probe) == whole(tokenizer, probe) for probe in probes) else None
 
     def tokens(self, text: str) -> list[int]:
         """The tokens of a text in ASCII."""
@@ -129,5 +129,6 @@ def _told(pre_tokenizer: Any) -> Any:
     return json.loads(pre_tokenizer.__getstate__())
 
 
-def _whole(tokenizer: Tokenizer, text: str) -> list[int]:
+def whole(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The tokens that a tokenizer makes of a text by itself."""
     return tokenizer.encode(text, add_special_tokens=False).ids

@@ -236,9 +236,9 @@ async def test_a_reader_that_keeps_up_gets_each_piece_as_it_comes(line: Line) ->
         assert await soon(stream.read()) == Piece(b"%d" % at, 1, last=False)
 
 
-async def test_what_comes_while_the_reader_waits_need_not_wake_it(line: Line) -> None:
-    """A stream with a direct way hands on what one read brings, as one piece and with its tokens, while its
-    reader goes on waiting; the end is the reader's."""
+async def directed(line: Line) -> tuple[int, list[tuple[bytes, int]], asyncio.Task[Piece]]:
+    """A stream whose reader has taken the first piece and waits, while others may go a direct way: its
+    number, what went that way, and the reading."""
     stream, number = await line.submit()
     line.send(Chunk(number, b"a", 1))
     assert (await soon(stream.read())).data == b"a"
@@ -251,6 +251,13 @@ async def test_what_comes_while_the_reader_waits_need_not_wake_it(line: Line) ->
     stream.direct = take
     reading = asyncio.create_task(stream.read())
     await asyncio.sleep(0)
+    return number, direct, reading
+
+
+async def test_what_comes_while_the_reader_waits_need_not_wake_it(line: Line) -> None:
+    """A stream with a direct way hands on what one read brings, as one piece and with its tokens, while its
+    reader goes on waiting; the end is the reader's."""
+    number, direct, reading = await directed(line)
     line.send(Chunk(number, b"b", 1), Chunk(number, b"", 0), Chunk(number, b"c", 2))
     await until(lambda: direct)
     line.send(Ended(number, b"d", 1, Usage(3, 5)))
@@ -261,18 +268,7 @@ async def test_what_comes_while_the_reader_waits_need_not_wake_it(line: Line) ->
 async def test_what_one_turn_reads_goes_on_as_one_piece(line: Line) -> None:
     """A transport that finds much in one turn of the loop reads several times. Nothing is handed on between,
     so that a router which has fallen behind writes once for all of it."""
-    stream, number = await line.submit()
-    line.send(Chunk(number, b"a", 1))
-    assert (await soon(stream.read())).data == b"a"
-    direct: list[tuple[bytes, int]] = []
-
-    def take(data: bytes, tokens: int, _: float) -> bool:
-        direct.append((data, tokens))
-        return True
-
-    stream.direct = take
-    reading = asyncio.create_task(stream.read())
-    await asyncio.sleep(0)
+    number, direct, reading = await directed(line)
     for data in (b"b", b"c", b"d"):
         line.trunk.data_received(bytes(messages.encode(Frame([Chunk(number, data, 1)], None))))
     assert not direct

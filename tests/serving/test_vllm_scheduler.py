@@ -71,7 +71,8 @@ class Core:
     def __init__(self, config: VllmConfig) -> None:
         self._core = EngineCore(config, SimulatedExecutor, log_stats=True)
         self.scheduler: Any = self._core.scheduler
-        self.told: list[Any] = []
+        self.used = 0
+        """Ids of requests."""
 
     def run(self, load: list[Asked], *, first: int) -> list[Any]:
         """What each step of a load is told to do, what comes out of it, and what is left at the end. `first`
@@ -174,8 +175,8 @@ def test_it_schedules_as_vllm_does(cores: tuple[Core, Core], load: list[Asked]) 
     """Under any load, every step has the same requests, tokens and blocks, and leaves the same in the prefix
     cache: with preemption, prompts in parts, prefixes in common and requests that are given up."""
     ours, theirs = cores
-    first = getattr(ours, "used", 0)
-    ours.used = first + len(load)  # type: ignore[attr-defined]
+    first = ours.used
+    ours.used += len(load)
     for core in cores:
         core.forget()
     assert ours.run(load, first=first) == theirs.run(load, first=first)
